@@ -1,0 +1,1 @@
+"""Engines: requests in, completions out. torch, vllm and transformers models are imported on this floor only."""

@@ -1,0 +1,152 @@
+"""Keys and values of the running rows, one contiguous stretch per slot.
+
+Slots in use are always 0..R-1 (`move` fills a hole with the last row), so that attention reads a view and never a copy.
+Memory is reserved lazily: on a CPU untouched slots cost address space only. Rejected tree nodes are not cleared, they
+lie beyond every length mask and are overwritten by the next step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+from batchgen_kernels.tree_attention import MAX_NODES, Span, Tiles, tile_mask
+
+
+class Pool:
+    """Key and value pools of `num_layers` layers, each [slots, num_kv_heads, length, head_dim]."""
+
+    def __init__(
+        self, num_layers: int, slots: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._shape = (num_layers, slots, num_kv_heads)
+        self._head_dim = head_dim
+        self._dtype, self._device = dtype, device
+        self.length = 0
+        self.k = self.v = self._zeros(0)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that one token of one slot takes, keys and values of all layers."""
+        num_layers, _, num_kv_heads = self._shape
+        return 2 * num_layers * num_kv_heads * self._head_dim * self._dtype.itemsize
+
+    def _zeros(self, length: int) -> torch.Tensor:
+        shape = (*self._shape, length, self._head_dim)
+        if self._device.type == "cpu":
+            # calloc: pages that no row reaches are never touched. numpy has no bfloat16, hence the view.
+            raw = np.zeros(shape, dtype={2: np.int16, 4: np.int32, 8: np.int64}[self._dtype.itemsize])
+            return torch.from_numpy(raw).view(self._dtype)
+        return torch.zeros(shape, dtype=self._dtype, device=self._device)
+
+    def reserve(self, length: int) -> None:
+        """Make every slot hold at least `length` tokens; grows in powers of two and copies what is there."""
+        if length <= self.length:
+            return
+        new_length = max(256, 1 << (length - 1).bit_length())
+        for name in ("k", "v"):
+            grown = self._zeros(new_length)
+            grown[..., : self.length, :] = getattr(self, name)
+            setattr(self, name, grown)
+        self.length = new_length
+
+    def write(self, layer: int, k_NKD: torch.Tensor, v_NKD: torch.Tensor, layout: Layout) -> None:  # noqa: N803
+        """Scatter a pass's keys and values to their slots and pool positions, in place."""
+        self.k[layer][layout.slot_N, :, layout.pool_position_N] = k_NKD
+        self.v[layer][layout.slot_N, :, layout.pool_position_N] = v_NKD
+
+    def compact(self, slots: torch.Tensor, source: torch.Tensor, destination: torch.Tensor) -> None:
+        """Copy pool positions `source` of `slots` to `destination` in all layers, in place; all int64 [M]."""
+        for pool in (self.k, self.v):
+            pool[:, slots, :, destination] = pool[:, slots, :, source]
+
+    def move(self, source: int, destination: int, num_tokens: int) -> None:
+        """Copy the first `num_tokens` tokens of one slot over another's, in place."""
+        for pool in (self.k, self.v):
+            pool[:, destination, :, :num_tokens] = pool[:, source, :, :num_tokens]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Tile:
+    """Up to 64 tree tokens of one row: consecutive packed tokens from `start`, pool columns from `prefix`.
+
+    `bits[t]` has bit c set when token t sees pool column prefix + c; its own key stands at prefix + `columns[t]`, and
+    it has rotary position `positions[t]`.
+    """
+
+    start: int
+    slot: int
+    prefix: int
+    bits: list[int]
+    columns: list[int]
+    positions: list[int]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Layout:
+    """Where a pass's packed tokens stand: rotary position, slot and pool position of each, and who sees whom."""
+
+    position_N: torch.Tensor  # noqa: N815
+    slot_N: torch.Tensor  # noqa: N815
+    pool_position_N: torch.Tensor  # noqa: N815
+    tiles: Tiles | None
+    spans: list[Span]
+    pool_length: int
+
+    @staticmethod
+    def of(
+        tiles: list[Tile],
+        spans: list[Span],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        window: int | None = None,
+    ) -> Layout:
+        """Lay out `tiles`, whose slots must be 0..R-1 in some order, and `spans`; packed tokens must not overlap."""
+        num_tokens = sum(len(t.bits) for t in tiles) + sum(s.stop - s.start for s in spans)
+        position = np.zeros(num_tokens, np.int64)
+        slot = np.zeros(num_tokens, np.int64)
+        pool_position = np.zeros(num_tokens, np.int64)
+        for span in spans:
+            at = slice(span.start, span.stop)
+            position[at] = pool_position[at] = np.arange(span.prefix, span.prefix + span.stop - span.start)
+            slot[at] = span.slot
+        for tile in tiles:
+            at = slice(tile.start, tile.start + len(tile.bits))
+            position[at] = tile.positions
+            slot[at] = tile.slot
+            pool_position[at] = [tile.prefix + c for c in tile.columns]
+
+        def tensor(a: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(a).to(device)
+
+        padded = _pad(tiles, dtype, tensor, window) if tiles else None
+        length = int(pool_position.max()) + 1
+        return Layout(tensor(position), tensor(slot), tensor(pool_position), padded, spans, length)
+
+
+def _pad(tiles: list[Tile], dtype: torch.dtype, tensor: object, window: int | None) -> Tiles:
+    assert callable(tensor)
+    slots = max(t.slot for t in tiles) + 1
+    width = max(len(t.bits) for t in tiles)
+    length = max(t.prefix + max(t.columns) for t in tiles) + 1
+    token = np.zeros((slots, width), np.int64)
+    # A padding query sees column 0, so that its softmax is defined.
+    bits = np.zeros((slots, width), np.int64)
+    position = np.zeros((slots, width), np.int64)
+    prefix = np.ones(slots, np.int64)
+    flat: list[np.ndarray] = []
+    packed: list[np.ndarray] = []
+    for tile in tiles:
+        n = len(tile.bits)
+        assert n <= MAX_NODES and max(tile.columns) < MAX_NODES, "a tile holds at most 64 nodes"
+        token[tile.slot, :n] = np.arange(tile.start, tile.start + n)
+        # Bit 63 is the sign bit of int64: the value wraps, the shift in `tile_mask` reads it back.
+        bits[tile.slot, :n] = np.array(tile.bits, np.uint64).view(np.int64)
+        position[tile.slot, :n] = tile.positions
+        prefix[tile.slot] = tile.prefix
+        flat.append(np.arange(tile.slot * width, tile.slot * width + n))
+        packed.append(np.arange(tile.start, tile.start + n))
+    mask = tile_mask(tensor(prefix), tensor(bits), tensor(position), length, dtype, window)
+    return Tiles(tensor(token), tensor(np.concatenate(flat)), tensor(np.concatenate(packed)), mask)

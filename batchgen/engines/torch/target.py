@@ -1,0 +1,159 @@
+"""The target model: an unmodified transformers decoder over our own KV pool.
+
+transformers calls our attention function with rotated queries, keys and values; ours writes them to the pool and reads
+prefix and tree from there. The packed layout travels as a keyword argument of `forward`, so no global state is set.
+Auxiliary hidden states are the residual stream *after L layers* (L = 0 is the embedding), taken by pre-hooks; the
+convention is EAGLE-3's as in vLLM (vllm/model_executor/models/interfaces.py, 0.32).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from batchgen_kernels.tree_attention import tree_attention
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.cache_utils import Cache
+from transformers.utils.logging import disable_progress_bar
+
+from batchgen.engines.torch.kvcache import Layout, Pool
+from batchgen.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+_ATTENTION = "batchgen_tree"
+
+
+class _PoolCache(Cache):
+    """Satisfies transformers' cache protocol; keys and values go to the pool, and back out untouched."""
+
+    def __init__(self, pool: Pool, layout: Layout) -> None:
+        super().__init__(layers=[])
+        self._pool, self._layout = pool, layout
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self._pool.write(layer_idx, key_states[0].transpose(0, 1), value_states[0].transpose(0, 1), self._layout)
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return query_length, 0
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float,
+    layout: Layout,
+    pool: Pool,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    out = tree_attention(
+        query[0].transpose(0, 1), pool.k[layer], pool.v[layer], layout.tiles, layout.spans, scaling
+    )
+    return out[None], None
+
+
+AttentionInterface.register(_ATTENTION, _attend)
+AttentionMaskInterface.register(_ATTENTION, lambda *args, **kwargs: None)
+
+
+class Target:
+    """A causal language model loaded from `path`, ready for packed passes.
+
+    Raises:
+        ModelError: the architecture has layers that this engine cannot run; the message names `engine: vllm`.
+    """
+
+    def __init__(self, path: Path, dtype: torch.dtype, device: torch.device) -> None:
+        config = AutoConfig.from_pretrained(path)
+        _refuse_unsupported(config, path)
+        disable_progress_bar()  # the job shows its own progress
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=_ATTENTION)
+        self.model.to(device).eval()
+        self.config = self.model.config
+        self.dtype, self.device = dtype, device
+        self.decoder = self.model.get_decoder()
+        self.lm_head = self.model.get_output_embeddings()
+        self.embedding: torch.Tensor = self.model.get_input_embeddings().weight
+        self.num_layers = int(config.num_hidden_layers)
+        self.max_tokens = int(config.max_position_embeddings)
+        self.eos_token_ids = _eos_token_ids(path, config)
+        self._captured: dict[int, torch.Tensor] = {}
+
+    def pool(self, slots: int) -> Pool:
+        """An empty KV pool for this model."""
+        heads = self.config.num_attention_heads
+        head_dim = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
+        kv_heads = getattr(self.config, "num_key_value_heads", None) or heads
+        return Pool(self.num_layers, slots, kv_heads, head_dim, self.dtype, self.device)
+
+    def capture(self, layers: Sequence[int]) -> None:
+        """From now on `forward` also returns the residual stream after each of `layers` decoder layers."""
+        stops = [*self.decoder.layers, self.decoder.norm]
+        for layer in layers:
+            stops[layer].register_forward_pre_hook(self._hook(layer), with_kwargs=True)
+
+    def _hook(self, layer: int) -> Any:
+        def keep(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._captured[layer] = (args[0] if args else kwargs["hidden_states"])[0]
+
+        return keep
+
+    @torch.no_grad()
+    def forward(self, token_ids: torch.Tensor, layout: Layout, pool: Pool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Final hidden states after the last norm [N, H] and the captured features side by side [N, sum H] or None."""
+        pool.reserve(layout.pool_length)
+        out = self.decoder(
+            input_ids=token_ids[None],
+            position_ids=layout.position_N[None],
+            past_key_values=_PoolCache(pool, layout),
+            use_cache=True,
+            layout=layout,
+            pool=pool,
+        )
+        captured = [self._captured[layer] for layer in sorted(self._captured)]
+        self._captured.clear()
+        return out.last_hidden_state[0], torch.cat(captured, -1) if captured else None
+
+    @torch.no_grad()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Next-token logits [N, V] of final hidden states [N, H]."""
+        logits: torch.Tensor = self.lm_head(hidden)
+        return logits
+
+
+def _refuse_unsupported(config: Any, path: Path) -> None:
+    way_out = "use engine.kind: vllm for this model"
+    kind = type(config).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{path}: {kind} is an encoder-decoder; the torch engine runs decoders only; {way_out}")
+    if getattr(config, "kv_lora_rank", None) is not None:
+        raise ModelError(f"{path}: {kind} uses latent attention (MLA), which the torch engine cannot cache; {way_out}")
+    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if layer_types - {"full_attention"}:
+        found = ", ".join(sorted(layer_types - {"full_attention"}))
+        raise ModelError(f"{path}: {kind} has {found} layers; the torch engine runs full attention only; {way_out}")
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        raise ModelError(f"{path}: {kind} attends through a sliding window of {config.sliding_window}; {way_out}")
+
+
+def _eos_token_ids(path: Path, config: Any) -> frozenset[int]:
+    source = config
+    if (path / "generation_config.json").exists():
+        source = GenerationConfig.from_pretrained(path)
+    eos = source.eos_token_id
+    if eos is None:
+        eos = config.eos_token_id
+    return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)

@@ -1,0 +1,191 @@
+"""EAGLE-3 head checkpoints of both families, read into one form.
+
+SafeAILab, SGLang and SpecForge publish a flat Llama config and tensors under `midlayer.`; speculators nests the layer's
+config and names tensors `layers.0.`. They differ in defaults that each silently halve acceptance, so every choice that
+the file leaves open is made here, follows vLLM's rule, and is logged. Refuses pickles that hold more than tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig
+
+from batchgen.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+log = logging.getLogger("batchgen.engines.torch")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HeadConfig:
+    """What a head computes, whatever family its file is of.
+
+    `aux_layers` are "after L decoder layers", ascending; empty means the target's last hidden state after its final
+    norm and no `fc` (`use_aux_hidden_state: false`). `layer` is the draft layer's own config, rope included.
+    """
+
+    layer: LlamaConfig
+    draft_vocab_size: int
+    target_hidden_size: int
+    aux_layers: tuple[int, ...]
+    norm_before_residual: bool
+    norm_before_fc: bool
+    fc_norm: bool
+    norm_output: bool
+    window: int | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Head:
+    """A head's config and tensors by speculators' names; `target_ids` maps draft ids to target ids, int64 [DV]."""
+
+    config: HeadConfig
+    tensors: dict[str, torch.Tensor]
+    target_ids: torch.Tensor | None
+
+
+def load_head(
+    path: Path, *, num_target_layers: int, target_hidden_size: int, vocab_size: int, aux_layers: Sequence[int] | None
+) -> Head:
+    """Read the head in folder `path` and check that it fits a target of the given shape.
+
+    `aux_layers` overrides what the checkpoint says about the layers it listens to.
+
+    Raises:
+        ModelError: not an EAGLE-3 head, or head and target differ; the message names both sides.
+    """
+    raw = _config(path)
+    config = _head_config(raw, path, num_target_layers, target_hidden_size, aux_layers)
+    tensors = {_speculators_name(name): tensor for name, tensor in _tensors(path).items()}
+    offsets = tensors.pop("d2t", None)
+    tensors.pop("t2d", None)
+    if config.draft_vocab_size == vocab_size:
+        offsets = None
+    head = Head(config, tensors, None if offsets is None else torch.arange(len(offsets)) + offsets.to(torch.int64))
+    _check_fit(head, path, num_target_layers, target_hidden_size, vocab_size)
+    return head
+
+
+def _config(path: Path) -> dict[str, Any]:
+    file = path / "config.json"
+    if not file.exists():
+        raise ModelError(f"{path}: no config.json; expected an EAGLE-3 head in SafeAILab/SGLang or speculators format")
+    config: dict[str, Any] = json.loads(file.read_text())
+    return config
+
+
+def _speculators_name(name: str) -> str:
+    return name.removeprefix("model.").replace("midlayer.", "layers.0.", 1)
+
+
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    files = sorted(path.glob("*.safetensors"))
+    if files:
+        return {name: tensor for file in files for name, tensor in load_file(file).items()}
+    pickled = sorted(path.glob("pytorch_model*.bin"))
+    if pickled:
+        loaded = [torch.load(file, map_location="cpu", weights_only=True) for file in pickled]
+        return {name: tensor for part in loaded for name, tensor in part.items()}
+    raise ModelError(f"{path}: no *.safetensors and no pytorch_model.bin; expected the weights of an EAGLE-3 head")
+
+
+def _head_config(
+    raw: dict[str, Any], path: Path, num_target_layers: int, target_hidden_size: int, override: Sequence[int] | None
+) -> HeadConfig:
+    eagle = raw.get("eagle_config") or {}
+    if "speculators_model_type" in raw:
+        if raw["speculators_model_type"] != "eagle3":
+            kind = raw["speculators_model_type"]
+            raise ModelError(f"{path}: speculators_model_type is {kind!r}; this engine drafts with eagle3 heads")
+        layer, default_norm = dict(raw["transformer_layer_config"]), True
+    elif any("eagle3" in a.lower() for a in raw.get("architectures") or []):
+        layer, default_norm = dict(raw), False
+    else:
+        found = ", ".join(raw.get("architectures") or ["nothing"])
+        raise ModelError(f"{path}: architectures is {found}; expected an EAGLE-3 head such as LlamaForCausalLMEagle3")
+    if layer.get("model_type", "llama") not in ("llama", "qwen3"):
+        raise ModelError(f"{path}: draft layers of type {layer['model_type']!r}; expected llama or qwen3")
+    if "norm_before_residual" not in raw:
+        log.warning("%s: norm_before_residual is not stated; using %s, as vLLM does", path, default_norm)
+    for name in ("architectures", "model_type", "eagle_config", "dtype", "torch_dtype", "auto_map"):
+        layer.pop(name, None)
+    window = layer.get("sliding_window") if layer.get("use_sliding_window", True) else None
+    sliding = "sliding_attention" in (layer.pop("layer_types", None) or [])
+    config = LlamaConfig(**layer)
+    return HeadConfig(
+        layer=config,
+        draft_vocab_size=int(raw.get("draft_vocab_size") or config.vocab_size),
+        target_hidden_size=int(raw.get("target_hidden_size") or config.hidden_size),
+        aux_layers=_aux_layers(raw, eagle, path, num_target_layers, override),
+        norm_before_residual=bool(raw.get("norm_before_residual", default_norm)),
+        norm_before_fc=bool(raw.get("norm_before_fc", False)),
+        fc_norm=bool(raw.get("fc_norm", False)),
+        norm_output=bool(raw.get("norm_output", False)),
+        window=window if sliding else None,
+    )
+
+
+def _aux_layers(
+    raw: dict[str, Any], eagle: dict[str, Any], path: Path, num_layers: int, override: Sequence[int] | None
+) -> tuple[int, ...]:
+    key = "eagle_aux_hidden_state_layer_ids"
+    if override is not None:
+        layers, source = list(override), "the job file"
+    elif eagle.get("use_aux_hidden_state", True) is False:
+        layers, source = [], "use_aux_hidden_state: false"
+    elif raw.get(key):
+        layers, source = list(raw[key]), f"{key} (after so many layers)"
+    elif eagle.get(key):
+        # SGLang, SpecForge and ModelOpt count layer outputs from 0: layer id l is the state after l + 1 layers.
+        layers, source = [layer + 1 for layer in eagle[key]], f"eagle_config.{key} (0-based layer outputs, plus 1)"
+    else:
+        layers, source = [2, num_layers // 2, num_layers - 3], "the EAGLE-3 default (2, n//2, n-3)"
+    log.info("%s: features after layers %s, from %s", path, sorted(set(layers)), source)
+    return tuple(sorted(set(layers)))
+
+
+def _check_fit(head: Head, path: Path, num_layers: int, hidden_size: int, vocab_size: int) -> None:
+    config, tensors = head.config, head.tensors
+    problems = []
+    if config.target_hidden_size != hidden_size:
+        problems.append(f"it reads hidden states of size {config.target_hidden_size}, the target has {hidden_size}")
+    if config.aux_layers and (max(config.aux_layers) > num_layers or min(config.aux_layers) < 0):
+        problems.append(f"it reads layers {config.aux_layers}, the target has {num_layers}")
+    if config.layer.vocab_size != vocab_size:
+        problems.append(f"its vocabulary has {config.layer.vocab_size} tokens, the target's {vocab_size}")
+    if config.aux_layers and "fc.weight" in tensors:
+        expected = len(config.aux_layers) * config.target_hidden_size
+        if tensors["fc.weight"].shape[1] != expected:
+            found = tensors["fc.weight"].shape[1]
+            problems.append(f"fc.weight takes {found} features, {len(config.aux_layers)} layers give {expected}")
+    if head.target_ids is not None:
+        ids = head.target_ids
+        if len(ids) != config.draft_vocab_size or ids.min() < 0 or ids.max() >= vocab_size or len(ids.unique()) < len(ids):
+            problems.append(f"d2t does not map its {config.draft_vocab_size} draft tokens to distinct target tokens")
+    elif config.draft_vocab_size != vocab_size:
+        problems.append(f"it has {config.draft_vocab_size} draft tokens but no d2t, the target has {vocab_size} tokens")
+    if "embed_tokens.weight" not in tensors and config.layer.hidden_size != hidden_size:
+        problems.append(
+            f"it brings no embedding and is {config.layer.hidden_size} wide, the target's embedding is {hidden_size}"
+        )
+    needed = ["norm.weight", "layers.0.self_attn.q_proj.weight", "layers.0.hidden_norm.weight"]
+    if config.aux_layers:
+        needed.append("fc.weight")
+    if config.norm_before_fc:
+        needed.append("input_norm.weight")
+    if config.fc_norm:
+        needed += [f"fc_norm.{i}.weight" for i in range(len(config.aux_layers))]
+    missing = [name for name in needed if name not in tensors]
+    if missing:
+        problems.append(f"tensors are missing: {', '.join(missing)}")
+    if problems:
+        raise ModelError(f"{path}: the head does not fit the target: {'; '.join(problems)}")

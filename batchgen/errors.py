@@ -1,0 +1,67 @@
+"""What can go wrong, as users meet it.
+
+* BatchgenError                (exit 1)
+  - SpecError                  (exit 2)   the job file is wrong
+  - InputError                 (exit 2)   the input table is missing, unreadable or of another shape
+  - ModelError                 (exit 2)   weights cannot be had, or head and target do not fit
+  - StoreError                 (exit 1)   object storage kept failing
+  - CorruptOutputError         (exit 1)   a part or segment does not read back as written
+  - ReconciliationError        (exit 1)   the output does not hold every input row exactly once
+  - OutputConflictError        (exit 73)  the output folder holds another job's rows
+  - DrainedError               (exit 75)  stopped on request; run the same command again to go on
+
+Every message is one line that names the file, field, row or key, what was found, what was expected and what to do.
+A row that cannot be generated is never an exception: it is a `record.Verdict` in the output.
+"""
+
+
+class BatchgenError(Exception):
+    """Base of all errors that are shown to the user as one line, without a traceback."""
+
+    exit_code = 1
+
+
+class SpecError(BatchgenError):
+    """The job file is wrong; `problems` lists everything that is, one line each."""
+
+    exit_code = 2
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class InputError(BatchgenError):
+    """The input table is missing, unreadable or of another shape than the job file says."""
+
+    exit_code = 2
+
+
+class ModelError(BatchgenError):
+    """Weights cannot be had, are not what they should be, or head and target do not fit."""
+
+    exit_code = 2
+
+
+class StoreError(BatchgenError):
+    """Object storage kept failing after every retry."""
+
+
+class CorruptOutputError(BatchgenError):
+    """A part or a journal segment does not read back as it was written."""
+
+
+class ReconciliationError(BatchgenError):
+    """The output does not hold every input row exactly once per sample."""
+
+
+class OutputConflictError(BatchgenError):
+    """The output folder holds rows of another generation fingerprint or with other columns."""
+
+    exit_code = 73
+
+
+class DrainedError(BatchgenError):
+    """Stopped on request (SIGINT, SIGTERM) with everything finished so far journalled."""
+
+    exit_code = 75

@@ -1,0 +1,52 @@
+"""What an engine promises: requests in, completions out.
+
+The worker knows engines only through `Engine`, so that a job runs the same on the torch engine, on vLLM and on the
+rehearsal engine, and one conformance suite (tests/engines/test_conformance.py) holds all of them to the promises below.
+An engine never drops a request and never raises for one: what it cannot generate comes back as a completion whose
+finish reason is "error".
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from batchgen.record import Completion, Request
+
+
+class Engine(Protocol):
+    """A target model, with or without its draft head, that generates many requests at once."""
+
+    name: str
+    """Kind, as it stands in the output's `engine` column."""
+
+    capacity: int
+    """Requests that run at the same time; a caller keeps the engine full by holding `unfinished` at `capacity`."""
+
+    @property
+    def unfinished(self) -> int:
+        """Requests submitted and not yet returned as completions."""
+
+    @property
+    def running(self) -> int:
+        """Requests that took part in the last step."""
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Its tokens depend on the prompt, its sampling and its noise key, not on what runs beside it."""
+
+    def step(self) -> list[Completion]:
+        """Advance every running request by at least one token; return those that ended, in no particular order."""
+
+    def stop_speculating(self) -> None:
+        """Decode plainly from here on: same tokens, no drafts."""
+
+    def close(self) -> None:
+        """Give the device memory back. Unfinished requests are forgotten."""
+
+
+def first_stop(text: str, stop: Sequence[str]) -> int | None:
+    """Where the earliest stop string begins in `text`, None when there is none."""
+    found = [at for string in stop if (at := text.find(string)) >= 0]
+    return min(found) if found else None

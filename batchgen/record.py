@@ -1,0 +1,264 @@
+"""The nouns: what a row is at each point of its way, and THE output schema.
+
+One file, so that a reader meets every word once. Nothing here reads, writes or computes; the order of the classes is
+the order in which a row meets them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+from batchgen.errors import SpecError
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+    import pyarrow as pa
+
+Status = Literal["ok", "error", "skipped"]
+FinishReason = Literal["stop", "length", "error"]
+
+
+class Message(TypedDict):
+    """One chat message in OpenAI form."""
+
+    role: str
+    content: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sampling:
+    """How one row's completion is drawn; defaults are greedy decoding.
+
+    `top_k` None and `top_p` 1.0 leave the distribution alone. `seed` is the job's; a row's own noise is keyed by it.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    max_tokens: int = 512
+    n: int = 1
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shard:
+    """A range of rows of one version of one file under one generation fingerprint.
+
+    `index` is an ordinal for people; identity is the hash of the other fields alone (design decision 4).
+    """
+
+    index: int
+    file: str
+    version: str
+    start: int
+    stop: int
+    fingerprint: str
+
+    @property
+    def num_rows(self) -> int:
+        """Input rows in the shard."""
+        return self.stop - self.start
+
+    @property
+    def key(self) -> str:
+        """16 hex digits that name the shard's part and journal."""
+        text = "\0".join((self.file, self.version, str(self.start), str(self.stop), self.fingerprint))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def part_name(self) -> str:
+        """File name of the shard's part inside the output folder."""
+        return f"part-{self.index:05d}-{self.key}.parquet"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Verdict:
+    """Why a row is not generated: an `error` is the row's fault, `skipped` is what the job asked for."""
+
+    status: Literal["error", "skipped"]
+    error_type: str
+    error: str
+
+
+@dataclasses.dataclass(slots=True)
+class Row:
+    """One input row on its way; a row with a `verdict` passes every later step untouched.
+
+    `index` is the 0-based row number in its file. `read` fills the first block, `render` the second.
+    """
+
+    row_id: str
+    index: int
+    sampling: Sampling
+    kept: dict[str, Any] = dataclasses.field(default_factory=dict)
+    messages: list[Message] | None = None
+    verdict: Verdict | None = None
+
+    prompt_token_ids: list[int] | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Request:
+    """One sample to generate, as engines see it.
+
+    `key` is the caller's own and unique among an engine's unfinished requests; the sampling noise is keyed by
+    (`sampling.seed`, `row_id`, `sample`, output position) and by nothing else.
+    """
+
+    key: Hashable
+    row_id: str
+    sample: int
+    prompt_token_ids: list[int]
+    sampling: Sampling
+
+
+@dataclasses.dataclass(slots=True)
+class Acceptance:
+    """What speculation did for one sample.
+
+    `target_steps` counts target forward passes after prefill in which the sample took part, `draft_steps` those that
+    had drafted tokens; `accepted_per_depth[d]` counts kept draft tokens at depth d + 1 (the root is depth 0).
+    """
+
+    target_steps: int = 0
+    draft_steps: int = 0
+    draft_tokens: int = 0
+    accepted_per_depth: list[int] = dataclasses.field(default_factory=list)
+
+    @property
+    def accepted_tokens(self) -> int:
+        """Draft tokens that are part of the completion."""
+        return sum(self.accepted_per_depth)
+
+
+@dataclasses.dataclass(slots=True)
+class Completion:
+    """One finished sample; times are wall-clock seconds from submit to admission, first token and end.
+
+    `token_ids` ends with the end-of-sequence or stop token where there is one; `text` has neither it nor a stop string.
+    A sample that the engine could not generate has `finish_reason` "error" and both error fields set.
+    """
+
+    key: Hashable
+    sample: int
+    token_ids: list[int]
+    text: str
+    finish_reason: FinishReason
+    acceptance: Acceptance
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    error_type: str | None = None
+    error: str | None = None
+
+
+_KEY = (("row_id", "string"), ("sample", "int32"))
+_TEXT = (("messages", "messages"), ("completion", "string"), ("finish_reason", "string"))
+_TOKEN_IDS = (("prompt_token_ids", "list<int32>"), ("completion_token_ids", "list<int32>"))
+_FACTS = (
+    ("status", "string"),
+    ("error_type", "string"),
+    ("error", "string"),
+    ("attempts", "int32"),
+    ("prompt_tokens", "int32"),
+    ("completion_tokens", "int32"),
+    ("target_steps", "int32"),
+    ("draft_steps", "int32"),
+    ("draft_tokens", "int32"),
+    ("accepted_tokens", "int32"),
+    ("acceptance_rate", "float32"),
+    ("acceptance_length", "float32"),
+    ("accepted_per_depth", "list<int32>"),
+    ("queue_s", "float32"),
+    ("prefill_s", "float32"),
+    ("decode_s", "float32"),
+    ("engine", "string"),
+    ("worker", "string"),
+    ("shard", "string"),
+)
+RESERVED_COLUMNS = frozenset(name for name, _ in _KEY + _TEXT + _TOKEN_IDS + _FACTS)
+
+
+def output_schema(kept: list[pa.Field], *, token_ids: bool = True) -> pa.Schema:
+    """The schema of every part and journal segment, kept input columns after the key.
+
+    Raises:
+        SpecError: a kept column has the name of an output column.
+    """
+    # Engines import this module on machines that have torch and nothing else.
+    import pyarrow as pa
+
+    taken = sorted(field.name for field in kept if field.name in RESERVED_COLUMNS)
+    if taken:
+        raise SpecError(f"input.keep: {', '.join(taken)} would overwrite output columns; rename them in the input")
+    types = {
+        "string": pa.string(),
+        "int32": pa.int32(),
+        "float32": pa.float32(),
+        "list<int32>": pa.list_(pa.int32()),
+        "messages": pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])),
+    }
+    columns = _TEXT + (_TOKEN_IDS if token_ids else ()) + _FACTS
+    fields = [pa.field(name, types[of]) for name, of in _KEY]
+    fields += [field.with_nullable(True) for field in kept]
+    fields += [pa.field(name, types[of]) for name, of in columns]
+    return pa.schema(fields)
+
+
+def finished(row: Row, completion: Completion, *, engine: str, worker: str, shard: str) -> dict[str, Any]:
+    """The output row of one generated sample, keys as in `output_schema`."""
+    acceptance, drafted = completion.acceptance, completion.acceptance.draft_tokens
+    num_tokens, failed = len(completion.token_ids), completion.finish_reason == "error"
+    return row.kept | {
+        "row_id": row.row_id,
+        "sample": completion.sample,
+        "messages": row.messages,
+        "completion": None if failed else completion.text,
+        "finish_reason": completion.finish_reason,
+        "prompt_token_ids": row.prompt_token_ids,
+        "completion_token_ids": completion.token_ids,
+        "status": "error" if failed else "ok",
+        "error_type": completion.error_type,
+        "error": completion.error,
+        "attempts": 1,
+        "prompt_tokens": len(row.prompt_token_ids or ()),
+        "completion_tokens": num_tokens,
+        "target_steps": acceptance.target_steps,
+        "draft_steps": acceptance.draft_steps,
+        "draft_tokens": drafted,
+        "accepted_tokens": acceptance.accepted_tokens,
+        "acceptance_rate": acceptance.accepted_tokens / drafted if drafted else None,
+        "acceptance_length": (num_tokens - 1) / acceptance.target_steps if acceptance.target_steps else None,
+        "accepted_per_depth": acceptance.accepted_per_depth,
+        "queue_s": completion.queue_s,
+        "prefill_s": completion.prefill_s,
+        "decode_s": completion.decode_s,
+        "engine": engine,
+        "worker": worker,
+        "shard": shard,
+    }
+
+
+def refused(row: Row, verdict: Verdict, sample: int, *, engine: str, worker: str, shard: str) -> dict[str, Any]:
+    """The output row of one sample that was never generated, keys as in `output_schema`."""
+    return row.kept | {
+        "row_id": row.row_id,
+        "sample": sample,
+        "messages": row.messages,
+        "prompt_token_ids": row.prompt_token_ids,
+        "finish_reason": "error" if verdict.status == "error" else None,
+        "status": verdict.status,
+        "error_type": verdict.error_type,
+        "error": verdict.error,
+        "attempts": 0,
+        "prompt_tokens": len(row.prompt_token_ids) if row.prompt_token_ids is not None else None,
+        "completion_tokens": 0,
+        "engine": engine,
+        "worker": worker,
+        "shard": shard,
+    }

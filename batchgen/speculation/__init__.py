@@ -1,0 +1,1 @@
+"""The arithmetic of speculation: what a tree costs and what it is expected to yield."""
