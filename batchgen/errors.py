@@ -6,6 +6,7 @@
   - ModelError                 (exit 2)   weights cannot be had, or head and target do not fit
   - StoreError                 (exit 1)   object storage kept failing
   - CorruptOutputError         (exit 1)   a part or segment does not read back as written
+  - AcceptanceError            (exit 1)   the draft head accepts less than the job file demands
   - ReconciliationError        (exit 1)   the output does not hold every input row exactly once
   - OutputConflictError        (exit 73)  the output folder holds another job's rows
   - DrainedError               (exit 75)  stopped on request; run the same command again to go on
@@ -49,6 +50,10 @@ class StoreError(BatchgenError):
 
 class CorruptOutputError(BatchgenError):
     """A part or a journal segment does not read back as it was written."""
+
+
+class AcceptanceError(BatchgenError):
+    """Acceptance stayed below `speculation.min_acceptance`, and the job file says to fail."""
 
 
 class ReconciliationError(BatchgenError):

@@ -1,85 +1,75 @@
 """The job spec: the words of a job file, what each may be, and every mistake in it at once.
 
-`load` reads YAML, applies `--set key=value`, renders templates, and checks types, unknown keys and combinations; all that
-is wrong comes as one `SpecError` with one line a problem: place, key, what was found, what is allowed. What the messages
-and editors say is allowed is one thing, the JSON schema. A key that this version cannot honour is refused, never ignored.
+`load` reads YAML, applies `--set key=value`, renders templates, and checks types, unknown keys and combinations. All
+that is wrong comes as one `SpecError`, one line a problem: place, key, what was found, what is allowed; the latter is
+read from the JSON schema, so messages and editors agree. A key that cannot be honoured is refused, never ignored.
 Relative local paths in a job file are relative to the current directory, not to the file.
 """
 
 from __future__ import annotations
 
-import datetime as dt
-import difflib
-import fnmatch
+import contextlib
 import functools
-import json
 import os
 import posixpath
 import re
+from collections.abc import Callable, Mapping
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    field_serializer,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PlainSerializer, Tag, ValidationError, model_validator
 
 from batchgen.errors import SpecError
-from batchgen.locate import Document, Key, dotted
+from batchgen.locate import Document, Key, places
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Sequence
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-def _word_or_mapping(value: Any) -> str:
-    return "<mapping>" if isinstance(value, dict | BaseModel) else "<word>"
-
-
-class _Folder(_Part):
-    storage_options: dict[str, Any] = Field(
-        {}, repr=False, description="Options of the fsspec file system, e.g. endpoint_url; never shown or recorded."
-    )
-
-    @field_serializer("storage_options", when_used="json")
-    def _hidden(self, value: dict[str, Any]) -> dict[str, str]:
-        return dict.fromkeys(value, "***")  # job.json names the options, their values may be secrets
-
+# "a word or a mapping" as a tagged union: one line in messages instead of one for each member.
+_WORD, _MAPPING = Tag("<word>"), Tag("<mapping>")
+_WORD_OR_MAPPING = Discriminator(lambda value: "<mapping>" if isinstance(value, dict | BaseModel) else "<word>")
 
 Text = Annotated[str, Field(min_length=1)]
 SamplingColumn = Literal["temperature", "top_p", "top_k", "max_tokens", "seed", "stop"]
 PiiEntity = Literal["EMAIL_ADDRESS", "PHONE_NUMBER", "CREDIT_CARD", "IBAN_CODE", "IP_ADDRESS"]
+StorageOptions = Annotated[
+    dict[str, Any],
+    Field(
+        description="Options of the fsspec file system, e.g. endpoint_url; their values are never shown or recorded.",
+        json_schema_extra={"writeOnly": True},
+        repr=False,
+    ),
+    PlainSerializer(lambda options: dict.fromkeys(options, "***"), when_used="json"),  # for job.json
+]
 
 
-class InputSpec(_Folder):
+class InputSpec(_Part):
     """The table of prompts."""
 
-    path: Text = Field(description="Parquet file, folder or pattern; any fsspec URL (gs://, s3://, hf://) or local path.")
-    messages: Text | None = Field(None, description="Column with chat messages in OpenAI form; either this or prompt.")
-    prompt: Text | None = Field(None, description="Column with the user's message as text; either this or messages.")
-    system: Text | None = Field(None, description="System message put before every prompt; only with prompt.")
-    id: Text | None = Field(None, description="Column with the row's id; null: <file>#<row>.")
-    keep: tuple[Text, ...] = Field((), strict=False, description="Columns copied to the output.")
+    path: Text = Field(description="Parquet file, folder or pattern; a local path or any fsspec URL.")
+    messages: Text | None = Field(default=None, description="Column of chats in OpenAI form; this or prompt.")
+    prompt: Text | None = Field(default=None, description="Column of texts, each a user's message; this or messages.")
+    system: Text | None = Field(default=None, description="System message put before every prompt; only with prompt.")
+    id: Text | None = Field(default=None, description="Column with the row's id; null: <file>#<row>.")
+    keep: tuple[Text, ...] = Field(default=(), strict=False, description="Columns copied to the output.")
     sampling: dict[SamplingColumn, Text] = Field(
-        {}, description="Sampling setting: column that overrides it row by row, where the column is not null."
+        default={}, description="Setting: column that overrides it row by row."
     )
+    storage_options: StorageOptions = {}
 
 
 class PiiSpec(_Part):
     """What to do with prompts that hold personal data."""
 
-    action: Literal["skip", "redact"] = Field(description="skip: no completion for the row; redact: mask what was found.")
+    action: Literal["skip", "redact"] = Field(description="skip: do not generate the row; redact: mask what was found.")
     entities: tuple[PiiEntity, ...] = Field(
-        ("EMAIL_ADDRESS", "PHONE_NUMBER", "CREDIT_CARD", "IBAN_CODE", "IP_ADDRESS"),
+        default=("EMAIL_ADDRESS", "PHONE_NUMBER", "CREDIT_CARD", "IBAN_CODE", "IP_ADDRESS"),
         strict=False,
         min_length=1,
         description="Kinds of personal data to look for.",
@@ -90,16 +80,15 @@ class ScreenSpec(_Part):
     """Which rows are not generated, and why."""
 
     max_prompt_tokens: int | None = Field(
-        None, ge=1, description="Rows with a longer prompt end as errors; null: only what the model's context allows."
+        default=None, ge=1, description="Longer prompts are not generated; null: as long as the model takes."
     )
-    dedupe: Literal["off", "exact"] = Field("off", description="exact: equal prompts are generated once.")
-    pii: Annotated[
-        Annotated[Literal["off"], Tag("<word>")] | Annotated[PiiSpec, Tag("<mapping>")],
-        Discriminator(_word_or_mapping),
-    ] = Field("off", description="Screening of personal data.")
+    dedupe: Literal["off", "exact"] = Field(default="off", description="exact: equal prompts are generated once.")
+    pii: Annotated[Annotated[Literal["off"], _WORD] | Annotated[PiiSpec, _MAPPING], _WORD_OR_MAPPING] = Field(
+        default="off", description="Screening of personal data."
+    )
     special_tokens: Literal["text", "reject", "allow"] = Field(
-        "text",
-        description="Special tokens inside prompts. text: encoded as plain text; reject: the row is an error; allow: kept.",
+        default="text",
+        description="Special tokens in prompts. text: are plain text; reject: make the row an error; allow: act.",
     )
 
 
@@ -107,9 +96,9 @@ class ModelSpec(_Part):
     """The target model and its draft head."""
 
     target: Text = Field(description="Hugging Face model id or local folder; demo:smollm2-135m needs no download.")
-    draft: Text | None = Field(None, description="EAGLE-3 head: Hugging Face id or folder; null: no speculation.")
+    draft: Text | None = Field(default=None, description="EAGLE-3 head, as a model id or folder; null: none.")
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = Field(
-        "auto", description="Number format of the weights; auto: what the model was saved in, where the device has it."
+        default="auto", description="Number format of the weights; auto: chosen for model and device."
     )
 
 
@@ -117,22 +106,22 @@ class EngineSpec(_Part):
     """What generates."""
 
     kind: Literal["torch", "vllm", "rehearsal"] = Field(
-        "torch", description="torch: batchgen's own; vllm: vLLM; rehearsal: made-up text without a model, to try a job out."
+        default="torch", description="torch: our own; vllm: vLLM; rehearsal: made-up text, to try a job out."
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one, else cpu.")
-    options: dict[str, Any] = Field({}, description="Passed to the vllm or rehearsal engine as they are.")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda if there is one.")
+    options: dict[str, Any] = Field(default={}, description="Passed to the vllm or rehearsal engine as they are.")
 
 
 class Tree(_Part):
     """Shape of the draft tree; width 1 is a chain."""
 
     depth: int = Field(ge=1, le=16, description="Draft steps: the most tokens a row can gain from one tree.")
-    width: int = Field(1, ge=1, le=16, description="Children looked at per node, and nodes expanded per depth.")
+    width: int = Field(default=1, ge=1, le=16, description="Children looked at per node, and nodes expanded per depth.")
     nodes: int = Field(
         default_factory=lambda tree: min(63, tree["depth"] * tree["width"]),
         ge=1,
         le=63,
-        description="Drafted tokens verified per step, the root not counted; default: depth x width, at most 63.",
+        description="Drafted tokens verified at a step; default: depth x width, at most 63.",
     )
 
     @model_validator(mode="after")
@@ -148,69 +137,221 @@ class Tree(_Part):
 class SpeculationSpec(_Part):
     """How the draft head is used; it never changes a row's tokens, only how soon they come."""
 
-    tree: Annotated[
-        Annotated[Literal["auto", "off"], Tag("<word>")] | Annotated[Tree, Tag("<mapping>")],
-        Discriminator(_word_or_mapping),
-    ] = Field("auto", description="auto: sized at every step by measured cost and acceptance; off; or a fixed shape.")
+    tree: Annotated[Annotated[Literal["auto", "off"], _WORD] | Annotated[Tree, _MAPPING], _WORD_OR_MAPPING] = Field(
+        default="auto", description="auto: sized at every step; off: no drafting; or a fixed shape."
+    )
     min_acceptance: float | None = Field(
-        None, ge=0, le=1, description="Share of drafted tokens that must be accepted after warm-up; null: any."
+        default=None, ge=0, le=1, description="Least share of drafted tokens to be accepted."
     )
     below_min: Literal["warn", "disable", "fail"] = Field(
-        "warn", description="Below min_acceptance. warn: go on; disable: go on without drafting; fail: stop the job."
+        default="warn", description="What to do below min_acceptance: go on, stop drafting or stop the job."
     )
 
 
 class SamplingSpec(_Part):
     """How completions are drawn; input.sampling overrides it row by row."""
 
-    temperature: float = Field(0.0, ge=0, description="0: always the likeliest token.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Keep the likeliest tokens that together reach this probability.")
-    top_k: int | None = Field(None, ge=1, description="Keep this many of the likeliest tokens; null: all.")
-    max_tokens: int = Field(512, ge=1, description="Longest completion, in tokens.")
-    n: int = Field(1, ge=1, description="Completions per row.")
-    seed: int = Field(0, ge=0, le=2**63 - 1, description="Seed of the job; equal seeds give equal tokens.")
-    stop: tuple[Text, ...] = Field((), strict=False, description="Texts that end a completion; not part of it.")
+    temperature: float = Field(default=0.0, ge=0, description="0: always the likeliest token.")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="Keep the likeliest tokens up to this probability.")
+    top_k: int | None = Field(default=None, ge=1, description="Keep this many of the likeliest tokens; null: all.")
+    max_tokens: int = Field(default=512, ge=1, description="Longest completion, in tokens.")
+    n: int = Field(default=1, ge=1, description="Completions per row.")
+    seed: int = Field(default=0, ge=0, le=2**63 - 1, description="Seed of the job; equal seeds give equal tokens.")
+    stop: tuple[Text, ...] = Field(default=(), strict=False, description="Texts that end a completion; not part of it.")
     stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        (), strict=False, description="Token ids that end a completion, besides the model's own."
+        default=(), strict=False, description="Token ids that end it, besides the model's own."
     )
 
 
 class WorkersSpec(_Part):
     """How many engines run, and where."""
 
-    count: int = Field(1, ge=1, description="Engines at work; 1: in this process.")
-    gpus: int | None = Field(None, ge=0, description="GPUs that each Ray worker claims; null: as engine.device says.")
-    address: Text | None = Field(None, description="Ray cluster: auto or its address; null: a local one.")
+    count: int = Field(default=1, ge=1, description="Engines at work; 1: in this process.")
+    gpus: int | None = Field(default=None, ge=0, description="GPUs that each Ray worker claims.")
+    address: Text | None = Field(default=None, description="Ray cluster: auto or its address; null: a local one.")
 
 
 class CheckpointSpec(_Part):
     """How much work a crash can cost."""
 
-    rows_per_part: int = Field(4096, ge=1, description="Input rows per output file.")
-    journal_rows: int = Field(64, ge=1, description="Save finished rows after this many ...")
-    journal_seconds: float = Field(20.0, gt=0, description="... or after this many seconds, whichever comes first.")
+    rows_per_part: int = Field(default=4096, ge=1, description="Input rows per output file.")
+    journal_rows: int = Field(default=64, ge=1, description="Save finished rows after this many ...")
+    journal_seconds: float = Field(default=20.0, gt=0, description="... or seconds, whichever comes first.")
 
 
-class OutputSpec(_Folder):
+class OutputSpec(_Part):
     """The table of completions."""
 
     path: Text = Field(description="Folder for the completions; any fsspec URL or local path.")
-    token_ids: bool = Field(True, description="Write prompt and completion token ids, the lossless source for training.")
+    token_ids: bool = Field(default=True, description="Write token ids, the lossless source for training.")
+    storage_options: StorageOptions = {}
 
 
 class Spec(_Part):
     """A job: a table of prompts in, a table of completions out."""
 
-    version: int = Field(1, ge=1, le=1, description="Version of this format.")
-    name: Text = Field("batchgen", description="Name of the job in logs and reports.")
+    version: int = Field(default=1, ge=1, le=1, description="Version of this format.")
+    name: Text = Field(default="batchgen", description="Name of the job in logs and reports.")
     input: InputSpec = Field(description="The table of prompts.")
-    screen: ScreenSpec = Field(ScreenSpec(), description="Which rows are not generated, and why.")
+    screen: ScreenSpec = Field(default=ScreenSpec(), description="Which rows are not generated, and why.")
     model: ModelSpec = Field(description="The target model and its draft head.")
-    engine: EngineSpec = Field(EngineSpec(), description="What generates.")
-    speculation: SpeculationSpec = Field(SpeculationSpec(), description="How the draft head is used.")
-    sampling: SamplingSpec = Field(SamplingSpec(), description="How completions are drawn.")
-    batch_size: int = Field(64, ge=1, le=1024, description="Rows generated at the same time, per worker.")
-    workers: WorkersSpec = Field(WorkersSpec(), description="How many engines run, and where.")
-    checkpoint: CheckpointSpec = Field(CheckpointSpec(), description="How much work a crash can cost.")
+    engine: EngineSpec = Field(default=EngineSpec(), description="What generates.")
+    speculation: SpeculationSpec = Field(default=SpeculationSpec(), description="How the draft head is used.")
+    sampling: SamplingSpec = Field(default=SamplingSpec(), description="How completions are drawn.")
+    batch_size: int = Field(default=64, ge=1, le=1024, description="Rows generated at the same time, per worker.")
+    workers: WorkersSpec = Field(default=WorkersSpec(), description="How many engines run, and where.")
+    checkpoint: CheckpointSpec = Field(default=CheckpointSpec(), description="How much work a crash can cost.")
     output: OutputSpec = Field(description="The table of completions.")
-    max_error_rate: float = Field(0.0, ge=0, le=1, description="Share of error rows above which the job exits with 1.")
+    max_error_rate: float = Field(
+        default=0.0, ge=0, le=1, description="Share of error rows above which the job exits with 1."
+    )
+
+
+_Rules = dict[str, Callable[[Mapping[str, Any]], bool]]
+
+# What the format has and this version has not; a later version deletes its line. "key: what to do instead": when.
+_NOT_YET: _Rules = {
+    "workers.count: one worker runs in process; more need the Ray executor, which this version does not have; use 1": (
+        lambda v: v["workers.count"] > 1
+    ),
+    "workers.gpus: is for Ray workers, which this version does not have; leave it out and choose with engine.device": (
+        lambda v: v["workers.gpus"] is not None
+    ),
+    "workers.address: is for the Ray executor, which this version does not have; leave it out": (
+        lambda v: v["workers.address"] is not None
+    ),
+    "engine.kind: this version does not have the vllm engine; use torch": lambda v: v["engine.kind"] == "vllm",
+    "screen.pii: this version does not look for personal data; use off, and clean the table before the job": (
+        lambda v: v["screen.pii"] != "off"
+    ),
+    "screen.dedupe: this version does not look for duplicates; use off, and clean the table before the job": (
+        lambda v: v["screen.dedupe"] != "off"
+    ),
+}
+
+# What never makes sense. "key to name: why": when. A rule is skipped when a key that it reads has a problem of its own.
+_IMPOSSIBLE: _Rules = {
+    "input: messages or prompt is missing; name the column that has the prompts": (
+        lambda v: v["input.messages"] is None and v["input.prompt"] is None
+    ),
+    "input.prompt: found both messages and prompt, expected one of them": (
+        lambda v: v["input.messages"] is not None and v["input.prompt"] is not None
+    ),
+    "input.system: goes with prompt only; with messages, the system message belongs in the column": (
+        lambda v: v["input.system"] is not None and v["input.messages"] is not None
+    ),
+    "input.keep: names a column twice": lambda v: len(set(v["input.keep"])) < len(v["input.keep"]),
+    "engine.options: the torch engine takes none; they are for vllm and rehearsal": (
+        lambda v: v["engine.kind"] == "torch" and v["engine.options"] != {}
+    ),
+    "engine.device: the rehearsal engine runs no model; leave it out": (
+        lambda v: v["engine.kind"] == "rehearsal" and v["engine.device"] != "auto"
+    ),
+    "speculation.tree: a tree needs a draft head; set model.draft, or use auto or off": (
+        lambda v: v["model.draft"] is None and isinstance(v["speculation.tree"], dict)
+    ),
+    "speculation.min_acceptance: nothing is drafted without a draft head; set model.draft or leave this out": (
+        lambda v: v["speculation.min_acceptance"] is not None and v["model.draft"] is None
+    ),
+    "speculation.min_acceptance: nothing is drafted with speculation.tree: off; leave one of them out": (
+        lambda v: v["speculation.min_acceptance"] is not None and v["speculation.tree"] == "off"
+    ),
+    "speculation.below_min: has no effect without speculation.min_acceptance": (
+        lambda v: v["speculation.below_min"] != "warn" and v["speculation.min_acceptance"] is None
+    ),
+    "sampling.n: at temperature 0 all samples of a row are equal; raise sampling.temperature or use 1": (
+        lambda v: v["sampling.n"] > 1 and v["sampling.temperature"] == 0 and "temperature" not in v["input.sampling"]
+    ),
+    "output.path: is one folder; * and ? are not allowed": lambda v: bool(set("*?") & set(v["output.path"])),
+    "output.path: input.path would find what is written there; choose a folder that it does not reach": (
+        lambda v: _finds(v["input.path"], v["output.path"])
+    ),
+}
+
+_NOT_OFFERED: dict[Key, str] = {
+    ("input", "sampling", "n"): "cannot differ by row, as the number of output rows must be known beforehand",
+    ("model", "trust_remote_code"): "not offered; batchgen runs no code that comes with a model",
+}
+
+
+def load(
+    path: str,
+    overrides: Sequence[str] = (),
+    *,
+    now: datetime | None = None,
+    env: Mapping[str, str] | None = None,
+) -> Spec:
+    """The job in the file at `path`, with `overrides`: "sampling.n=4", or "name=value" for templates.
+
+    `now` (default: the local time) gives {{ date }} and {{ yesterday }}, `env` (default: the process's) {{ env.NAME }}.
+
+    Raises:
+        SpecError: the file cannot be read, or anything in it or in `overrides` is wrong; `problems` has all of it.
+    """
+    document = Document(path, _places(), _NOT_OFFERED)
+    try:
+        document.parse(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise SpecError(f"{path}: cannot be read: not UTF-8 text") from error
+    if not isinstance(document.value, dict):
+        raise SpecError(*document.problems)
+    today = now or datetime.now().astimezone()
+    names = {"date": f"{today:%Y-%m-%d}", "yesterday": f"{today - timedelta(days=1):%Y-%m-%d}"}
+    document.render(names, document.override(overrides), os.environ if env is None else env)
+    spec = None
+    try:
+        spec = Spec.model_validate(document.value)
+    except ValidationError as error:
+        _blame(document, error)
+    values = document.values()
+    for message, broken in (_NOT_YET | _IMPOSSIBLE).items():
+        key, _, why = message.partition(": ")
+        with contextlib.suppress(KeyError):
+            if broken(values):
+                document.blame(tuple(key.split(".")), why)
+    if spec is None or document.problems:
+        raise SpecError(*document.problems)
+    return spec
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema (draft 2020-12) of a job file, for editors."""
+    schema = Spec.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | schema | {"title": "batchgen job"}
+
+
+@functools.cache
+def _places() -> dict[Key, dict[str, Any]]:
+    return dict(places(Spec.model_json_schema()))
+
+
+def _blame(document: Document, error: ValidationError) -> None:
+    """Say pydantic's findings in our words, each once."""
+    for problem in error.errors(include_url=False):
+        key = tuple(part for part in problem["loc"] if part not in {_WORD.tag, _MAPPING.tag})
+        known = any(bad[: len(key)] == key for bad in document.bad)
+        if known or problem["type"] == "default_factory_not_called":
+            continue
+        if problem["type"] == "extra_forbidden" or key[-1] == "[key]":
+            document.blame_unknown(tuple(part for part in key if part != "[key]"))
+        elif problem["type"] == "value_error":
+            document.blame(key, str(problem["ctx"]["error"]))
+        else:
+            document.blame_value(key, missing=problem["type"] == "missing")
+
+
+def _finds(pattern: str, folder: str) -> bool:
+    """Whether `pattern`, a file, folder or glob, finds a part written to `folder`."""
+
+    def absolute(path: str) -> str:
+        path = re.sub(r"^(file|local)://", "", path).replace("gcs://", "gs://")
+        return posixpath.normpath(path if "://" in path else Path(path).expanduser().absolute())
+
+    if not set("*?[") & set(pattern) and not pattern.endswith(".parquet"):
+        pattern += "/**"
+    tokens = re.split(r"(\*\*/?|\*|\?|\[[^]]+\])", absolute(pattern))
+    globs = {"**/": "(.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    regex = "".join(globs.get(token, token if token[:1] == "[" else re.escape(token)) for token in tokens)
+    return re.fullmatch(regex, absolute(folder) + "/part-00000-0123456789abcdef.parquet") is not None

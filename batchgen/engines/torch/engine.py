@@ -53,8 +53,9 @@ class _Running:
     def num_output(self) -> int:
         return len(self.tokens) - len(self.request.prompt_token_ids)
 
-    def next_draw(self) -> verify.Draw:
-        return verify.Draw(self.request.sampling, self.key, self.num_output)
+    def next_draw(self, ahead: int = 0) -> verify.Draw:
+        """How to draw the next token, or the one `ahead` tokens after it."""
+        return verify.Draw(self.request.sampling, self.key, self.num_output + ahead)
 
 
 class TorchEngine:
@@ -216,7 +217,14 @@ class TorchEngine:
             tiles.append(Tile(len(token_ids), slot, prefix, tree.bits, list(range(len(tree.tokens))), positions))
             token_ids += tree.tokens
         final, captured = self._target.forward(self._ids(token_ids), self._layout(tiles, []), self._pool)
-        walks = verify.walk(self._target.logits(final), starts, trees, [row.next_draw() for row in rows])
+        logits = self._target.logits(final)
+
+        def pick(alive: list[int], nodes: list[int]) -> list[int]:
+            at = torch.tensor([starts[r] + node for r, node in zip(alive, nodes, strict=True)], device=final.device)
+            ahead = [trees[r].depths[node] for r, node in zip(alive, nodes, strict=True)]
+            return verify.draw(logits[at], [rows[r].next_draw(depth) for r, depth in zip(alive, ahead, strict=True)])
+
+        walks = verify.walk(trees, pick)
         self._commit(trees, walks, starts, final, captured)
 
     def _grow(self, draft: Draft, roots: list[int]) -> list[forest.RowTree]:

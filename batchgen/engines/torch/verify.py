@@ -14,7 +14,7 @@ import torch
 from batchgen_kernels.gumbel import gumbel_noise
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from batchgen.engines.torch.forest import RowTree
     from batchgen.record import Sampling
@@ -76,22 +76,18 @@ def draw(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
     return tokens
 
 
-def walk(
-    logits: torch.Tensor, starts: Sequence[int], trees: Sequence[RowTree], draws: Sequence[Draw]
-) -> list[Walk]:
+def walk(trees: Sequence[RowTree], pick: Callable[[list[int], list[int]], list[int]]) -> list[Walk]:
     """Verify every row's tree.
 
-    Row r's node i has its logits at `logits[starts[r] + i]`; `draws[r]` describes the token after its root. Only nodes
-    that are reached are sampled.
+    `pick(rows, nodes)` samples from the target after `nodes[i]` of row `rows[i]`, one token each, by the draw for that
+    node's depth. It is asked only about nodes that are reached, once per depth.
     """
     walks = [Walk([], []) for _ in trees]
     node = [0] * len(trees)
     alive = list(range(len(trees)))
     while alive:
-        at = torch.tensor([starts[r] + node[r] for r in alive], device=logits.device)
-        here = [draws[r]._replace(position=draws[r].position + len(walks[r].path)) for r in alive]
         still = []
-        for r, token in zip(alive, draw(logits[at], here), strict=True):
+        for r, token in zip(alive, pick(alive, [node[r] for r in alive]), strict=True):
             walks[r].tokens.append(token)
             child = trees[r].child(node[r], token)
             if child is not None:

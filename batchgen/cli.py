@@ -1,0 +1,163 @@
+"""The command line: click commands and exit codes. Prints, never computes; imports nothing heavy before it must."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from batchgen import __version__
+from batchgen.errors import BatchgenError, DrainedError
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from batchgen.spec import Spec
+
+_SPEC = click.argument("spec", type=click.Path(exists=True, dir_okay=False))
+_SET = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a key of the job file (sampling.max_tokens=64) or give a template name a value. Repeatable.",
+)
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+
+
+class _Commands(click.Group):
+    """Turns our errors into one line on stderr and their exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DrainedError as e:
+            click.echo(str(e), err=True)
+            ctx.exit(e.exit_code)
+        except BatchgenError as e:
+            for line in str(e).splitlines():
+                click.echo(f"error: {line}", err=True)
+            ctx.exit(e.exit_code)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, package_name="batchgen")
+def main() -> None:
+    """Turn a table of prompts into a table of completions, with a target model and its EAGLE-3 draft head.
+
+    \b
+    batchgen plan jobs/quickstart.yaml      what would run
+    batchgen submit jobs/quickstart.yaml    run what is left of it
+    batchgen status jobs/quickstart.yaml    how far it is
+
+    \b
+    Exit codes: 0 done; 1 too many error rows, or rows are missing; 2 bad job file, input or model;
+    73 the output holds another job's rows; 75 drained, run the same command again.
+    """
+
+
+@main.command()
+@_SPEC
+@_SET
+@click.option("--mix", is_flag=True, help="Allow an output folder that holds rows of another model or sampling.")
+@click.option(
+    "--log",
+    "log_mode",
+    type=click.Choice(["auto", "progress", "plain", "json"]),
+    default="auto",
+    show_default=True,
+    help="Progress line, log lines or JSON lines on stderr; auto: progress on a terminal, else plain.",
+)
+@_JSON
+def submit(spec: str, overrides: tuple[str, ...], mix: bool, log_mode: Any, as_json: bool) -> None:
+    """Run what is left of a job, and reconcile its output.
+
+    Shards whose part file exists are done; finished rows of the others are in the journal. So the same command starts a
+    job, resumes it after a crash, does what is new in its input, or finds that there is nothing to do.
+    """
+    loaded = _load(spec, overrides)
+    drain = _Drain()
+    from batchgen import job, terminal
+
+    with terminal.Watcher(log_mode) as watcher:
+        result = job.submit(
+            loaded, mix=mix, draining=drain.requested, started=watcher.started, watch=watcher.watch
+        )
+    facts = result.summary.as_json() | {"output": result.output, "ran": result.tally is not None}
+    click.echo(json.dumps(facts) if as_json else terminal.outcome(result))
+    if result.summary.error_rate > loaded.max_error_rate:
+        click.echo(
+            f"error: {result.summary.error:,} of {result.summary.rows:,} rows are errors, "
+            f"more than max_error_rate {loaded.max_error_rate} allows",
+            err=True,
+        )
+        sys.exit(1)
+
+
+@main.command()
+@_SPEC
+@_SET
+@_JSON
+def plan(spec: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Show what a submit would do, without an engine: files, rows, shards, prompt lengths, size and time."""
+    loaded = _load(spec, overrides)
+    from batchgen import job, terminal
+
+    found = job.survey(loaded)
+    click.echo(terminal.as_json(found) if as_json else terminal.survey(found))
+
+
+@main.command()
+@_SPEC
+@_SET
+@_JSON
+def status(spec: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Show how far a job is, from its files."""
+    loaded = _load(spec, overrides)
+    from batchgen import job, terminal
+
+    found = job.progress(loaded)
+    click.echo(terminal.as_json(found) if as_json else terminal.status(found))
+
+
+@main.command()
+@_SPEC
+@_SET
+def validate(spec: str, overrides: tuple[str, ...]) -> None:
+    """Check a job file; report everything that is wrong with it at once."""
+    loaded = _load(spec, overrides)
+    click.echo(f"{spec}: valid; {loaded.input.path} to {loaded.output.path}")
+
+
+@main.command()
+def schema() -> None:
+    """Print the JSON schema of job files, for editors."""
+    from batchgen.spec import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=2))
+
+
+def _load(path: str, overrides: tuple[str, ...]) -> Spec:
+    from batchgen import spec
+
+    return spec.load(path, overrides)
+
+
+class _Drain:
+    """Asks the job to drain on the first SIGINT or SIGTERM; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self._requested = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._request)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self._requested = True
+        click.echo(f"{signal.Signals(number).name}: draining; once more ends at once (nothing journalled is lost)", err=True)
+        signal.signal(number, signal.SIG_DFL)
+
+    def requested(self) -> bool:
+        return self._requested

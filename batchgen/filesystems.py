@@ -1,0 +1,189 @@
+"""The fsspec file systems that `store` works on, with one property added: `pipe_file(mode="create")` is atomic.
+
+fsspec's local disk checks and then opens, and shows a file while it is written; ours writes aside and links. fsspec's
+memory checks and then opens; ours does so under a lock. gcsfs' upload is atomic, but cuts data without an error: its
+multipart boundary is always "==0==", and data that holds this boundary on a line of its own ends there (gcsfs
+2026.10.1, seen with fake-gcs-server); ours is random. S3 is s3fs as it is. What exceptions mean is said here too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import errno
+import functools
+import hashlib
+import json
+import logging
+import os
+import stat
+import threading
+import urllib.parse
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_TEMPORARY = ".tmp-"
+# By name, so that no storage library is imported only to say what its exceptions mean.
+_TRANSIENT = {
+    "aiohttp.client_exceptions.ClientError",
+    "botocore.exceptions.HTTPClientError",
+    "fsspec.exceptions.FSTimeoutError",
+    "google.auth.exceptions.RefreshError",
+    "google.auth.exceptions.TransportError",
+    "httpx.TransportError",
+    "httpx2.TransportError",
+    "requests.exceptions.ConnectionError",  # gcsfs makes one of HTTP 502
+    "requests.exceptions.Timeout",
+}
+
+
+def transient(error: BaseException) -> bool:
+    """Whether the same request may well succeed a moment later."""
+    if isinstance(error, (FileNotFoundError, FileExistsError, PermissionError)):
+        return False
+    if isinstance(error, OSError) and error.errno in {errno.EIO, errno.EBUSY}:  # s3fs' words for most of S3's 5xx
+        return True
+    code = _status(error)
+    if code is not None:
+        # An expired token is fetched anew by the next try. GCS checks the MD5 that we send: a mismatch is a bad line.
+        mended = {401: "Invalid Credentials", 400: "MD5 hash"}
+        return code in {408, 429} or code >= 500 or (code in mended and mended[code] in str(error))
+    names = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__}
+    return isinstance(error, (ConnectionError, TimeoutError)) or not names.isdisjoint(_TRANSIENT)
+
+
+def cause(error: BaseException | None) -> str:
+    """One line that says what happened."""
+    code = _status(error)
+    text = " ".join(str(error).split())[:300]
+    return f"HTTP {code} {text.removesuffix(f', {code}')}".rstrip() if code else f"{type(error).__name__}: {text}"
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The HTTP status behind an exception of gcsfs or huggingface_hub."""
+    code = getattr(error, "code", None) or getattr(getattr(error, "response", None), "status_code", None)
+    return int(code) if isinstance(code, int) or (isinstance(code, str) and code.isdecimal()) else None
+
+
+class Memory(MemoryFileSystem):  # type: ignore[misc]  # fsspec is untyped
+    """Objects of this process alone, for tests."""
+
+    _creating = threading.Lock()
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs: Any) -> None:
+        """Store a whole object; FileExistsError when `mode` is "create" and there is one."""
+        with self._creating:
+            super().pipe_file(path, value, mode=mode)
+
+
+class Disk(LocalFileSystem):  # type: ignore[misc]  # fsspec is untyped
+    """The local disk, with whole-object writes that survive a power cut and are hidden while they are unfinished."""
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs: Any) -> None:
+        """Store a whole object; FileExistsError when `mode` is "create" and there is one."""
+        target = Path(path)
+        changed = [target.parent, *(folder.parent for folder in target.parents if not folder.exists())]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(_TEMPORARY + uuid.uuid4().hex)
+        try:
+            with temporary.open("xb") as file:
+                file.write(value)
+                file.flush()
+                os.fsync(file.fileno())
+            if mode == "create":
+                os.link(temporary, target)  # the one call that is atomic and refuses to replace
+            else:
+                temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        for folder in changed:
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def info(self, path: Any, **kwargs: Any) -> dict[str, Any]:
+        """What fsspec says, and a `version`; a link to a file is a file."""
+        found: dict[str, Any] = super().info(path, **kwargs)
+        followed = Path(path).stat()
+        kind = {"type": "file"} if stat.S_ISREG(followed.st_mode) else {}
+        return found | kind | {"size": followed.st_size, "version": f"{followed.st_size}-{followed.st_mtime_ns}"}
+
+    def ls(self, path: str, detail: bool = False, **kwargs: Any) -> list[Any]:
+        """What fsspec lists, less unfinished files; a file that goes while it is listed is left out."""
+        if not Path(path).is_dir():
+            return [self.info(path) if detail else path]
+        infos = []
+        with os.scandir(path) as files:
+            for file in files:
+                with contextlib.suppress(FileNotFoundError):
+                    infos += [] if file.name.startswith(_TEMPORARY) else [self.info(file)]
+        return infos if detail else [info["name"] for info in infos]
+
+
+def gcs_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What `gcs` is made with beside the `given` settings; gcsfs' own wait five minutes for a dead connection."""
+    import aiohttp
+
+    settings: dict[str, Any] = {"requests_timeout": aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=30)}
+    if "endpoint_url" in given or os.environ.get("STORAGE_EMULATOR_HOST"):
+        settings |= {"token": "anon", "project": "batchgen"}
+    return settings
+
+
+@functools.cache
+def gcs() -> tuple[type[Any], tuple[type[Exception], ...]]:
+    """The core file system of gcsfs with one try per request, and what it raises beside OSError and ValueError.
+
+    The class that `gcsfs` exports asks for the bucket's type over gRPC before each operation, which takes 35 to 106 s
+    where only the JSON API is reachable. The variable keeps the package from importing it, and with it gRPC.
+    """
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    import gcsfs.core
+    import gcsfs.retry
+    import google.auth.exceptions
+
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs a traceback for every error that it also raises
+    request = gcsfs.core.GCSFileSystem._request  # noqa: SLF001
+
+    class Gcs(gcsfs.core.GCSFileSystem):  # type: ignore[misc]  # gcsfs is untyped
+        # Without gcsfs' own six tries (33 s), which nothing counts, logs or configures.
+        _request = getattr(request, "__wrapped__", request)
+
+        @staticmethod
+        def close_session(loop: Any, session: Any, asynchronous: bool = False) -> None:
+            # Runs when the file system is collected, on any thread; gcsfs' own starts a task on another thread's loop.
+            if session is not None and loop is not None and loop.is_running() and not session.closed:
+                closing = asyncio.run_coroutine_threadsafe(session.close(), loop)
+                try:
+                    asyncio.get_running_loop()
+                except RuntimeError:  # not on the loop's own thread, so that waiting is possible
+                    with contextlib.suppress(TimeoutError):
+                        closing.result(timeout=1)
+
+        async def _pipe_file(self, path: str, data: bytes, mode: str = "overwrite", **kwargs: Any) -> None:
+            bucket, _, key = path.partition("/")
+            boundary = uuid.uuid4().hex
+            digest = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
+            head = f"--{boundary}\r\nContent-Type: application/json; charset=UTF-8\r\n\r\n"
+            head += json.dumps({"name": key, "md5Hash": digest})
+            head += f"\r\n--{boundary}\r\nContent-Type: application/octet-stream\r\n\r\n"
+            await self._call(
+                "POST",
+                f"{self._location}/upload/storage/v1/b/{urllib.parse.quote(bucket, safe='')}/o",
+                uploadType="multipart",
+                headers={"Content-Type": f"multipart/related; boundary={boundary}"},
+                data=b"".join((head.encode(), data, f"\r\n--{boundary}--".encode())),
+                **({"ifGenerationMatch": "0"} if mode == "create" else {}),
+            )
+
+    return Gcs, (gcsfs.retry.HttpError, google.auth.exceptions.GoogleAuthError)

@@ -1,0 +1,313 @@
+"""The product's table of contents: submit, survey and status of a whole job.
+
+    spec -> plan -> job -> cluster -> worker -> write -> report
+
+A submit plans, drops the shards whose part exists, runs the rest and reconciles from files. Resuming after a crash, a
+cron run over new files and doing nothing because all is done are the same act.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import platformdirs
+
+from batchgen import cluster, engines, models, plan, provenance, read, record, render, report, screen, status, write
+from batchgen.errors import OutputConflictError, ReconciliationError
+from batchgen.speculation import costs
+from batchgen.store import connect
+from batchgen.worker import Tally, Task
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from batchgen.models import Model
+    from batchgen.plan import Plan
+    from batchgen.record import Row, Shard
+    from batchgen.render import Renderer
+    from batchgen.report import Summary
+    from batchgen.spec import Spec
+    from batchgen.status import Status
+    from batchgen.store import Store
+
+log = logging.getLogger("batchgen.job")
+
+JOB = "_batchgen/job.json"
+SURVEY_ROWS = 512
+# A run shorter than this says more about warming up than about speed.
+MEASURED_ROWS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A spec with everything it names found: stores, models, plan. Nothing is loaded onto a device yet."""
+
+    spec: Spec
+    source: Store
+    sink: Store
+    target: Model | None
+    draft: Model | None
+    renderer: Renderer
+    dtype: str
+    plan: Plan
+    kept: list[Any]
+    columns: read.Columns
+    sampling: record.Sampling
+
+    @property
+    def output(self) -> str:
+        """Folder of the completions."""
+        return self.spec.output.path.rstrip("/")
+
+    @functools.cached_property
+    def todo(self) -> list[Shard]:
+        """Shards without a part, in input order."""
+        done = write.parts(self.sink, self.output)
+        return [shard for shard in self.plan.shards if shard.key not in done]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Survey:
+    """What `submit` would do; sizes in bytes, estimates None where nothing was measured yet.
+
+    `prompt_tokens` are the token counts of the sampled rows that would be generated, `verdicts` counts the others by
+    reason.
+    """
+
+    files: int
+    rows: int
+    shards: int
+    shards_todo: int
+    rows_todo: int
+    sampled: int
+    prompt_tokens: list[int]
+    verdicts: dict[str, int]
+    output_bytes: int
+    estimate_s: float | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a submit left behind: the whole job's summary, and this run's tally (None when there was nothing to do)."""
+
+    summary: Summary
+    tally: Tally | None
+    output: str
+
+
+def prepare(spec: Spec) -> Job:
+    """Find everything that `spec` names and plan the job.
+
+    Raises:
+        InputError, ModelError, StoreError: something it names is missing or does not fit.
+    """
+    source = connect(spec.input.path, spec.input.storage_options)
+    sink = connect(spec.output.path, spec.output.storage_options)
+    target = draft = None
+    renderer: Renderer
+    if spec.engine.kind == "rehearsal":
+        renderer = render.PlainRenderer(max_prompt_tokens=spec.screen.max_prompt_tokens)
+    else:
+        target = models.fetch(spec.model.target)
+        draft = models.fetch(spec.model.draft) if spec.model.draft else None
+        renderer = render.Renderer(
+            target.path, special_tokens=spec.screen.special_tokens, max_prompt_tokens=spec.screen.max_prompt_tokens
+        )
+    dtype = engines.dtype(spec)
+    fingerprint = plan.fingerprint(
+        spec, target=target.identity if target else "none", template=renderer.template_hash, dtype=dtype
+    )
+    made = plan.make(source, spec, fingerprint)
+    columns = read.Columns(
+        messages=spec.input.messages,
+        prompt=spec.input.prompt,
+        system=spec.input.system,
+        id=spec.input.id,
+        keep=spec.input.keep,
+        sampling=spec.input.sampling,
+    )
+    kept = plan.kept_fields(made, lambda schema, file: read.check_columns(schema, columns, file))
+    s = spec.sampling
+    sampling = record.Sampling(
+        temperature=s.temperature,
+        top_p=s.top_p,
+        top_k=s.top_k,
+        max_tokens=s.max_tokens,
+        n=s.n,
+        seed=s.seed,
+        stop=s.stop,
+        stop_token_ids=s.stop_token_ids,
+    )
+    return Job(spec, source, sink, target, draft, renderer, dtype, made, kept, columns, sampling)
+
+
+def submit(
+    spec: Spec,
+    *,
+    mix: bool = False,
+    draining: Callable[[], bool] = lambda: False,
+    started: Callable[[Job], None] = lambda job: None,
+    watch: Callable[[Tally], None] = lambda tally: None,
+) -> Outcome:
+    """Run what is left of the job and reconcile. `mix` allows parts of another fingerprint beside this job's.
+
+    `started` is called once all is found and planned, `watch` after every engine step.
+
+    Raises:
+        OutputConflictError: the output folder holds another job's rows.
+        DrainedError: `draining` became true.
+        ReconciliationError: the parts do not hold every input row exactly once.
+    """
+    job = prepare(spec)
+    schema = record.output_schema(job.kept, token_ids=spec.output.token_ids)
+    _own_output(job, [f"{field.name}: {field.type}" for field in schema], mix=mix)
+    started(job)
+    tally = None
+    if job.todo:
+        task = Task(
+            source=job.source,
+            sink=job.sink,
+            output=job.output,
+            schema=schema,
+            columns=job.columns,
+            sampling=job.sampling,
+            journal_rows=spec.checkpoint.journal_rows,
+            journal_seconds=spec.checkpoint.journal_seconds,
+            metadata=_facts(job),
+            min_acceptance=spec.speculation.min_acceptance,
+            below_min=spec.speculation.below_min,
+        )
+        engine = engines.build(spec, job.target, job.draft, job.renderer.decode)
+        tally = cluster.run(task, job.todo, engine, job.renderer, draining=draining, watch=watch)
+        _remember_cost(job, tally)
+    summary = report.summarise(job.sink, job.output, job.plan, job.sampling.n)
+    if tally is not None or report.load(job.sink, job.output) is None:
+        report.save(job.sink, job.output, summary, _facts(job) | {"tokens_per_s": tally and tally.tokens_per_s})
+    if summary.problems:
+        raise ReconciliationError(f"{job.output}: " + "; ".join(summary.problems))
+    return Outcome(summary, tally, job.output)
+
+
+def survey(spec: Spec) -> Survey:
+    """What a submit would do: footers of all files, and the first rows of shards spread over what is left."""
+    job = prepare(spec)
+    todo = job.todo
+    prompt_tokens: list[int] = []
+    verdicts: dict[str, int] = {}
+    sampled = 0
+    for row in _sample(job, todo):
+        sampled += 1
+        if row.verdict is not None:
+            reason = f"{row.verdict.status}: {row.verdict.error_type}"
+            verdicts[reason] = verdicts.get(reason, 0) + 1
+        else:
+            prompt_tokens.append(len(row.prompt_token_ids or ()))
+    rows_todo = sum(shard.num_rows for shard in todo)
+    cost = costs.load(_costs_folder(), _cost_key(job))
+    num_completions = rows_todo * job.sampling.n * (len(prompt_tokens) / sampled if sampled else 0)
+    per_row = cost.tokens_per_row if cost else job.sampling.max_tokens
+    mean_prompt = sum(prompt_tokens) / len(prompt_tokens) if prompt_tokens else 0
+    # Text and ids of prompt and completion, about 4 + 4 bytes a token before and 2.5 after compression.
+    output_bytes = int(num_completions * (2.5 * (mean_prompt + per_row) + 60))
+    return Survey(
+        files=len(job.plan.files),
+        rows=job.plan.num_rows,
+        shards=len(job.plan.shards),
+        shards_todo=len(todo),
+        rows_todo=rows_todo,
+        sampled=sampled,
+        prompt_tokens=prompt_tokens,
+        verdicts=verdicts,
+        output_bytes=output_bytes,
+        estimate_s=num_completions * cost.tokens_per_row / cost.tokens_per_s if cost else None,
+    )
+
+
+def progress(spec: Spec) -> Status:
+    """How far the job is, from files alone."""
+    job = prepare(spec)
+    return status.status(job.sink, job.output, job.plan, job.sampling.n)
+
+
+def _sample(job: Job, shards: list[Shard]) -> list[Row]:
+    """Up to SURVEY_ROWS rows as they would reach the engine, from up to 8 shards."""
+    chosen = shards[:: max(1, len(shards) // 8)][:8]
+    rows: list[Row] = []
+    for shard in chosen:
+        part = dataclasses.replace(shard, stop=min(shard.stop, shard.start + SURVEY_ROWS // len(chosen)))
+        source = read.rows(job.source, part, job.columns, job.sampling)
+        rows += job.renderer.rows(screen.rows(source))
+    return rows
+
+
+def _own_output(job: Job, columns: list[str], *, mix: bool) -> None:
+    """Claim the output folder for this fingerprint, or see that it is ours already."""
+    url = f"{job.output}/{JOB}"
+    mine = {"fingerprint": job.plan.fingerprint, "columns": columns} | _facts(job)
+    text = json.dumps(mine | {"spec": _public(job.spec)}, indent=2).encode()
+    if job.sink.create(url, text):
+        return
+    theirs = json.loads(job.sink.read(url))
+    if theirs["columns"] != columns:
+        raise OutputConflictError(
+            f"{job.output}: holds parts with other columns than this job would write ({_difference(theirs, columns)}); "
+            f"choose another output.path"
+        )
+    if theirs["fingerprint"] != mine["fingerprint"] and not mix:
+        raise OutputConflictError(
+            f"{job.output}: holds rows of another model, sampling or screening (fingerprint {theirs['fingerprint']}, "
+            f"this job has {mine['fingerprint']}); choose another output.path, or --mix to keep both in one folder"
+        )
+
+
+def _difference(theirs: dict[str, Any], columns: list[str]) -> str:
+    return ", ".join(sorted(set(theirs["columns"]) ^ set(columns)))
+
+
+def _public(spec: Spec) -> dict[str, Any]:
+    """The spec as it may be stored: storage options can hold secrets."""
+    shown: dict[str, Any] = spec.model_dump(mode="json")
+    for folder in ("input", "output"):
+        shown[folder].pop("storage_options", None)
+    return shown
+
+
+def _facts(job: Job) -> dict[str, str]:
+    facts = {
+        "job": job.spec.name,
+        "fingerprint": job.plan.fingerprint,
+        "target": job.spec.model.target,
+        "target_identity": job.target.identity if job.target else "none",
+        "draft": job.spec.model.draft or "none",
+        "draft_identity": job.draft.identity if job.draft else "none",
+        "engine": job.spec.engine.kind,
+        "dtype": job.dtype,
+        "machine": provenance.machine(engines.device(job.spec)),
+    }
+    checkout = provenance.commit()
+    if checkout is not None:
+        facts["commit"] = checkout
+    return facts | {f"version_{name}": version for name, version in provenance.versions().items()}
+
+
+def _costs_folder() -> Path:
+    return Path(platformdirs.user_cache_dir("batchgen")) / "costs"
+
+
+def _cost_key(job: Job) -> str:
+    facts = _facts(job)
+    names = ("machine", "target_identity", "draft_identity", "engine", "dtype", "version_batchgen")
+    tree = job.spec.speculation.model_dump_json(include={"tree"})
+    return "|".join([*(facts[name] for name in names), tree, str(job.spec.batch_size)])
+
+
+def _remember_cost(job: Job, tally: Tally) -> None:
+    if tally.ok >= MEASURED_ROWS and tally.tokens_per_s:
+        cost = costs.Cost(tally.tokens_per_s, tally.completion_tokens / tally.ok, tally.ok)
+        costs.save(_costs_folder(), _cost_key(job), cost)
+        log.info("measured %.0f tokens/s; `batchgen plan` estimates from it", tally.tokens_per_s)

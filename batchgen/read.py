@@ -1,0 +1,336 @@
+"""The first step of a row's way: the rows of a shard out of its Parquet file.
+
+Every row of the range comes out, in order and exactly once, whatever it holds: what cannot be used (a null, a wrong
+type, bytes that are no text, an id seen before) becomes the row's verdict. Row ids are unique within a shard. Only a
+table of another shape than the job file says is refused, by `check_columns`, before anything runs.
+
+Columns the job does not name are never read, nor row groups outside the range, nor a file as a whole: a part of a
+100 GB table costs the bytes of that part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import types
+
+from batchgen.errors import InputError
+from batchgen.record import Message, Row, Sampling, Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from batchgen.record import Shard
+    from batchgen.store import Store
+
+# Rows may hold 100 kB each, so a batch is small; decoding is not what a job waits for.
+_BATCH_ROWS = 256
+# What pyarrow raises for a value that Python has no word for: dates beyond the year 9999, unknown time zones, ...
+_UNWORDED = (ValueError, OverflowError, LookupError, pa.ArrowException)
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Columns:
+    """Which column holds what; either `messages` or `prompt` is set, `system` only with `prompt`.
+
+    `sampling` maps a field of `record.Sampling` to the column that overrides it where it is not null.
+    """
+
+    messages: str | None
+    prompt: str | None
+    system: str | None
+    id: str | None
+    keep: tuple[str, ...]
+    sampling: Mapping[str, str]
+
+
+class _Unusable(Exception):  # noqa: N818  # it never leaves this module, and is a finding rather than a failure
+    """What is wrong with a row: error type and error of its verdict."""
+
+
+def check_columns(schema: pa.Schema, columns: Columns, file: str) -> list[pa.Field]:
+    """The kept columns' fields, in the order of `columns.keep`, of a table that has all the job's columns.
+
+    Raises:
+        InputError: a column is missing, there twice or of a type that cannot hold what it should.
+    """
+    for name, key, fits, expected in _needs(columns):
+        places = schema.get_all_field_indices(name)
+        if not places:
+            close = [other for other in schema.names if other.lower() == name.lower()]
+            close = close or difflib.get_close_matches(name, schema.names, 1)
+            there = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(map(repr, schema.names))[:300]}"
+            raise InputError(f"{file}: no column {name!r}, which {key} names; {there}")
+        if len(places) > 1:
+            raise InputError(
+                f"{file}: {len(places)} columns are called {name!r}, which {key} names; rename all but one"
+            )
+        found = schema.field(places[0]).type
+        if not fits(found):
+            raise InputError(f"{file}: column {name!r} is {str(found)[:200]}, but {key} needs {expected}")
+    return [_without_parquet_ids(schema.field(name)) for name in columns.keep]
+
+
+def rows(store: Store, shard: Shard, columns: Columns, sampling: Sampling) -> Iterator[Row]:
+    """The rows of `shard` in input order, with `sampling` as the job's default.
+
+    `row_id` is the id column's value as text, or `<file name>#<index>` where there is none to use.
+
+    Raises:
+        InputError: the file is not there, changed since it was planned, lacks a column or is damaged.
+        StoreError: the storage kept failing.
+    """
+    name = shard.file.rpartition("/")[2]
+    taken: set[str] = set()
+    for index, values, broken in _records(store, shard, columns):
+        row = Row(f"{name}#{index}", index, sampling, kept={column: values[column] for column in columns.keep})
+        problems = []
+        if broken:
+            problems.append(("bad_text", f"column {broken[0]!r} holds bytes that are not UTF-8; its value is left out"))
+        try:
+            row.row_id = _row_id(values, columns, taken) or row.row_id
+        except _Unusable as unusable:
+            problems.append(unusable.args)
+        while row.row_id in taken:  # the id column of another row holds this very text
+            row.row_id += "+"
+        taken.add(row.row_id)
+        try:
+            row.messages = _messages(values, columns)
+            row.sampling = _sampling(values, columns, sampling)
+        except _Unusable as unusable:
+            problems.append(unusable.args)
+        if problems:
+            row.verdict = Verdict("error", *problems[0])
+        yield row
+
+
+def _records(store: Store, shard: Shard, columns: Columns) -> Iterator[tuple[int, dict[str, Any], list[str]]]:
+    """Row index, Python values by column and the columns with broken text, for each row of the shard."""
+    try:
+        with store.open(shard.file, version=shard.version) as stream:
+            file = pq.ParquetFile(stream, pre_buffer=True, page_checksum_verification=True)
+            check_columns(file.schema_arrow, columns, shard.file)
+            for first, batch in _batches(file, shard, _leaves(file, columns)):
+                names = dict.fromkeys(need[0] for need in _needs(columns))
+                table = {name: _values(batch.column(name)) for name in names}
+                for i in range(batch.num_rows):
+                    broken = [name for name, (_, rows_) in table.items() if i in rows_]
+                    yield first + i, {name: values[i] for name, (values, _) in table.items()}, broken
+    except (pa.ArrowException, OSError) as error:
+        why = str(error).partition("\n")[0][:200]
+        raise InputError(f"{shard.file}: cannot be read as Parquet ({why}); restore the file and plan again") from error
+
+
+def _batches(file: pq.ParquetFile, shard: Shard, leaves: list[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """The shard's rows in batches, each with the index of its first row, from the row groups that hold any."""
+    groups: list[int] = []
+    begin = at = 0
+    for group in range(file.metadata.num_row_groups):
+        end = begin + file.metadata.row_group(group).num_rows
+        if max(begin, shard.start) < min(end, shard.stop):
+            at = at if groups else begin
+            groups.append(group)
+        begin = end
+    for batch in file.iter_batches(_BATCH_ROWS, row_groups=groups, columns=leaves):
+        low, high = max(shard.start - at, 0), min(shard.stop - at, batch.num_rows)
+        if low < high:
+            yield at + low, batch.slice(low, high - low)
+        at += batch.num_rows
+        if at >= shard.stop:
+            return
+    if shard.num_rows:
+        raise InputError(f"{shard.file}: has {begin} rows, planned were at least {shard.stop}; plan again")
+
+
+def _leaves(file: pq.ParquetFile, columns: Columns) -> list[str]:
+    """Parquet paths to read: of messages only role and content, since tool calls and images can outweigh the text."""
+    names = dict.fromkeys(need[0] for need in _needs(columns))
+    if columns.messages is None or columns.messages in columns.keep:
+        return list(names)
+    del names[columns.messages]
+    paths = [file.schema.column(i).path for i in range(len(file.schema))]
+    inner = [path for path in paths if path.startswith(f"{columns.messages}.")]
+    inner = [path for path in inner if path.rpartition(".")[2] in ("role", "content")]
+    return [*names, *(inner or [columns.messages])]
+
+
+def _values(column: pa.Array) -> tuple[list[Any], set[int]]:
+    """Python values of a column, and the rows whose text is broken (their value is None).
+
+    A value that Python has no word for stays an Arrow scalar, which `pa.Table.from_pylist` takes as well.
+    """
+    try:
+        return column.to_pylist(), set()
+    except _UNWORDED:
+        values: list[Any] = []
+        broken: set[int] = set()
+        for i, scalar in enumerate(column):
+            try:
+                values.append(scalar.as_py())
+            except UnicodeDecodeError:
+                broken.add(i)
+                values.append(None)
+            except _UNWORDED:
+                values.append(scalar)
+        return values, broken
+
+
+def _row_id(values: Mapping[str, Any], columns: Columns, taken: set[str]) -> str | None:
+    if columns.id is None:
+        return None
+    value = values[columns.id]
+    if value is None or not str(value).strip():
+        raise _Unusable("bad_id", f"column {columns.id!r} is {'null' if value is None else 'empty'}")
+    if str(value) in taken:
+        raise _Unusable("duplicate_id", f"column {columns.id!r}: {str(value)[:100]!r} is the id of an earlier row")
+    return str(value)
+
+
+def _messages(values: Mapping[str, Any], columns: Columns) -> list[Message]:
+    if columns.messages is not None:
+        return _conversation(columns.messages, values[columns.messages])
+    assert columns.prompt is not None, "the job file names messages or prompt"
+    if values[columns.prompt] is None:
+        raise _Unusable("null_prompt", f"column {columns.prompt!r} is null")
+    system = None if columns.system is None else values[columns.system]
+    head: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    return [*head, {"role": "user", "content": values[columns.prompt]}]
+
+
+def _conversation(column: str, value: Any) -> list[Message]:
+    """Messages from a list of structs, or from a JSON text that holds such a list."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise _Unusable("bad_messages", f"column {column!r} is not JSON: {str(error)[:100]}") from error
+    if value is None:
+        raise _Unusable("null_messages", f"column {column!r} is null")
+    if not isinstance(value, list):
+        raise _Unusable("bad_messages", f"column {column!r} is {_kind(value)}, expected a list of messages")
+    messages: list[Message] = []
+    for i, message in enumerate(value):
+        if message is None:
+            raise _Unusable("null_message", f"messages[{i}] is null")
+        if not isinstance(message, dict):
+            raise _Unusable("bad_messages", f"messages[{i}] is {_kind(message)}, expected role and content")
+        for key, null, wrong in (("role", "bad_role", "bad_role"), ("content", "null_content", "bad_content")):
+            text = message.get(key)
+            if not isinstance(text, str):
+                problem = null if text is None else wrong
+                raise _Unusable(problem, f"messages[{i}].{key} is {_kind(text)}, expected a string")
+            # JSON can spell half a character, which no table could hold and no tokenizer take.
+            if _SURROGATE.search(text):
+                raise _Unusable("bad_text", f"messages[{i}].{key} holds a lone surrogate, which is not Unicode text")
+        messages.append({"role": message["role"], "content": message["content"]})
+    return messages
+
+
+def _sampling(values: Mapping[str, Any], columns: Columns, default: Sampling) -> Sampling:
+    own: dict[str, Any] = {}
+    for field, column in columns.sampling.items():
+        value = values[column]
+        if value is not None:
+            of, expected = _SAMPLING[field][1:]
+            try:
+                own[field] = of(value)
+            except (TypeError, ValueError, OverflowError) as error:
+                found = str(value)[:60]
+                raise _Unusable("bad_sampling", f"{field} (column {column!r}) is {found!r}, not {expected}") from error
+    return dataclasses.replace(default, **own) if own else default
+
+
+def _number(low: float, high: float, *, above: bool = False) -> Callable[[Any], float]:
+    def check(value: Any) -> float:
+        number = float(value)
+        if not (low < number <= high if above else low <= number <= high):
+            raise ValueError
+        return number
+
+    return check
+
+
+def _whole(low: int, high: int) -> Callable[[Any], int]:
+    def check(value: Any) -> int:
+        # Tables made with pandas hold whole numbers with nulls as floats.
+        if int(value) != value or not low <= value <= high:
+            raise ValueError
+        return int(value)
+
+    return check
+
+
+def _stops(value: Any) -> tuple[str, ...]:
+    stops = (value,) if isinstance(value, str) else tuple(value)
+    if not all(stops):  # null or empty
+        raise ValueError
+    return stops
+
+
+def _is_text(type_: pa.DataType) -> bool:
+    type_ = type_.value_type if types.is_dictionary(type_) else type_
+    return bool(types.is_string(type_) or types.is_large_string(type_) or types.is_string_view(type_))
+
+
+def _is_list(type_: pa.DataType, of: Callable[[pa.DataType], bool]) -> bool:
+    kinds = ("list", "large_list", "fixed_size_list", "list_view", "large_list_view")
+    return any(getattr(types, f"is_{kind}")(type_) for kind in kinds) and of(type_.value_type)
+
+
+def _is_message(type_: pa.DataType) -> bool:
+    parts = {part.name: part.type for part in type_} if types.is_struct(type_) else {}
+    return all(name in parts and _is_text(parts[name]) for name in ("role", "content"))
+
+
+def _is_number(type_: pa.DataType) -> bool:
+    kinds = (types.is_integer, types.is_floating, types.is_decimal, types.is_null)
+    return any(kind(type_) for kind in kinds)
+
+
+_SAMPLING: dict[str, tuple[Callable[[pa.DataType], bool], Callable[[Any], Any], str]] = {
+    "temperature": (_is_number, _number(0, 1e6), "a number of at least 0"),
+    "top_p": (_is_number, _number(0, 1, above=True), "a number above 0 and at most 1"),
+    "top_k": (_is_number, _whole(1, 2**31 - 1), "a whole number of at least 1"),
+    "max_tokens": (_is_number, _whole(1, 2**31 - 1), "a whole number of at least 1"),
+    "seed": (_is_number, _whole(0, 2**63 - 1), "a whole number from 0 to 2**63 - 1"),
+    "stop": (
+        lambda type_: _is_text(type_) or _is_list(type_, _is_text) or bool(types.is_null(type_)),
+        _stops,
+        "a text or a list of texts, none of them empty",
+    ),
+}
+
+
+def _needs(columns: Columns) -> Iterator[tuple[str, str, Callable[[pa.DataType], bool], str]]:
+    """Each column in use: name, key in the job file, the test its type must pass, and that test in words."""
+    if columns.messages is not None:
+        expected = "list<struct<role: string, content: string>>, or string with such a list as JSON"
+        yield columns.messages, "input.messages", lambda t: _is_list(t, _is_message) or _is_text(t), expected
+    if columns.prompt is not None:
+        yield columns.prompt, "input.prompt", _is_text, "string"
+    if columns.system is not None:
+        yield columns.system, "input.system", lambda t: _is_text(t) or bool(types.is_null(t)), "string"
+    if columns.id is not None:
+        yield columns.id, "input.id", lambda t: _is_text(t) or bool(types.is_integer(t)), "string or a whole number"
+    for field, column in columns.sampling.items():
+        yield column, f"input.sampling.{field}", _SAMPLING[field][0], _SAMPLING[field][2]
+    for name in columns.keep:
+        yield name, "input.keep", lambda _: True, "anything"
+
+
+def _without_parquet_ids(field: pa.Field) -> pa.Field:
+    """The field without the column numbers that Parquet files carry, which differ between equal tables."""
+    metadata = {key: value for key, value in (field.metadata or {}).items() if not key.startswith(b"PARQUET:")}
+    return field.with_metadata(metadata or None)
+
+
+def _kind(value: Any) -> str:
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    return "null" if value is None else kinds.get(type(value), "of another type")

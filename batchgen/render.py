@@ -1,0 +1,306 @@
+"""The third step of a row's way: a conversation to the token ids that the target model was trained to see.
+
+User text stays text. A prompt that holds `<|im_end|>` is a prompt about `<|im_end|>`: only the chat template may produce
+control tokens. So the template is rendered twice, once with marks around what the messages say, which shows for each
+character who wrote it; where text of a message would become a control token, the stretches between the template's own
+are encoded by a copy of the tokenizer that has no control tokens. What is in doubt is an error, never a guess.
+
+Where a template would add a system message of its own, that message becomes explicit, so that the output's `messages`
+are what the model saw. Refused: models without a chat template or without a fast tokenizer. Templates run in
+transformers' sandbox.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+from typing import TYPE_CHECKING, Any, Literal
+
+import jinja2
+
+from batchgen.errors import ModelError
+from batchgen.record import Message, Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+    from pathlib import Path
+
+    from batchgen.record import Row
+
+# A template is a program: besides its own refusals it can fail like any other on a conversation nobody thought of.
+_FAILURES = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
+class Renderer:
+    """Conversations to prompts of one model.
+
+    `special_tokens` says what becomes of control strings in messages: `text` (they stay text), `reject` (the row is an
+    error) or `allow` (they act as control tokens). Prompts above `max_prompt_tokens`, or which leave no room for an
+    answer in `max_model_tokens` (None: the positions that the model's config.json states), are skipped.
+    """
+
+    def __init__(
+        self,
+        model_path: Path,
+        *,
+        special_tokens: Literal["text", "reject", "allow"] = "text",
+        max_prompt_tokens: int | None = None,
+        max_model_tokens: int | None = None,
+    ) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(model_path, local_files_only=True)
+            template: str = tokenizer.get_chat_template()
+        except (OSError, ValueError) as error:
+            why = str(error).strip().partition("\n")[0][:200]
+            raise ModelError(f"{model_path}: no tokenizer with a chat template ({why}); give a chat model") from error
+        if not tokenizer.is_fast:
+            raise ModelError(f"{model_path}: has no tokenizer.json, without which control tokens cannot be told apart")
+        self._tokenizer = tokenizer
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        base = self._backend.get_vocab(with_added_tokens=False)
+        added = self._backend.get_added_tokens_decoder()
+        # An added token that the base vocabulary has too and that is not special is ordinary text (Gemma's blank lines).
+        self._controls = {id_: token for id_, token in added.items() if token.special or token.content not in base}
+        longest_first = sorted((token.content for token in self._controls.values()), key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._special_tokens = special_tokens
+        if max_model_tokens is None:
+            max_model_tokens = _positions(model_path)
+        self._limits = [] if max_prompt_tokens is None else [(max_prompt_tokens, "screen.max_prompt_tokens")]
+        if max_model_tokens is not None:
+            self._limits.append((max_model_tokens - 1, f"the model's {max_model_tokens} positions, one for an answer"))
+        file = model_path / "tokenizer.json"
+        vocabulary = file.read_bytes() if file.is_file() else self._backend.to_str().encode()
+        self._template_hash = hashlib.sha256(template.encode() + b"\0" + vocabulary).hexdigest()
+        self._max_token_chars = _max_token_chars(self._backend)
+        self._system = self._injected_system()
+
+    @property
+    def template_hash(self) -> str:
+        """64 hex digits that change when the chat template or the tokenizer does."""
+        return self._template_hash
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of generated tokens, special ones left out, spaces as they are."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    def rows(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """The same rows, each with `prompt_token_ids` and the messages as rendered, or with a verdict."""
+        for row in rows:
+            if row.verdict is None:
+                assert row.messages is not None, "a row without messages was given a verdict by read"
+                messages = row.messages
+                if self._system is not None and messages[0]["role"] != "system":
+                    messages = [Message(role="system", content=self._system), *messages]
+                rendered = self._prompt(messages)
+                if isinstance(rendered, Verdict):
+                    row.verdict = rendered
+                else:
+                    row.messages, row.prompt_token_ids = messages, rendered
+            yield row
+
+    def _prompt(self, messages: list[Message]) -> list[int] | Verdict:
+        try:
+            text = self._render(messages)
+        except _FAILURES as error:
+            why = str(error).strip().partition("\n")[0][:200]
+            return Verdict("error", "template", f"the chat template fails on this conversation: {why}")
+        # Megabytes are told by their length: encoding them would take longer than many an answer.
+        at_least = len(text) // self._max_token_chars if self._max_token_chars else 0
+        ids = None if self._too_long(at_least) else self._encode(messages, text)
+        if isinstance(ids, Verdict):
+            return ids
+        if ids is None:
+            return Verdict(
+                "skipped", "prompt_too_long", f"the prompt has at least {at_least} tokens, {self._allowed()}"
+            )
+        if self._too_long(len(ids)):
+            return Verdict("skipped", "prompt_too_long", f"the prompt has {len(ids)} tokens, {self._allowed()}")
+        return ids
+
+    def _too_long(self, num_tokens: int) -> bool:
+        return any(num_tokens > limit for limit, _ in self._limits)
+
+    def _allowed(self) -> str:
+        limit, name = min(self._limits)
+        return f"allowed are {limit} ({name})"
+
+    def _render(self, messages: list[Message]) -> str:
+        text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return text
+
+    def _injected_system(self) -> str | None:
+        """The system message that the template adds to a conversation without one, if saying it gives the same text."""
+        mark, user = "\ue000system\ue000", Message(role="user", content="x")
+        try:
+            head, marked, tail = self._render([Message(role="system", content=mark), user]).partition(mark)
+            default = self._render([user])
+            found = default.removeprefix(head).removesuffix(tail)
+            if not marked or not found or head + found + tail != default:
+                return None
+            return found if self._render([Message(role="system", content=found), user]) == default else None
+        except _FAILURES:  # no system messages in this template
+            return None
+
+    def _encode(self, messages: list[Message], text: str) -> list[int] | Verdict:
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        ids: list[int] = encoding.ids
+        if self._special_tokens == "allow":
+            return ids
+        said = self._said(messages, text)
+        if said is None:
+            # The template does something else with marked messages; harmless unless they hold control strings.
+            if any(self._could_act(message["content"]) for message in messages):
+                why = "the chat template treats this text specially, and it holds (parts of) control tokens"
+                return Verdict("error", "special_tokens", f"{why}; screen.special_tokens: allow lets them act")
+            return ids
+        places = (encoding.token_to_chars(i) for i, id_ in enumerate(ids) if id_ in self._controls)
+        acting = next((text[start:stop] for start, stop in places if 1 in said[start:stop]), None)
+        if acting is None:
+            return ids
+        if self._special_tokens == "reject":
+            return Verdict("error", "special_tokens", f"the messages hold the control token {acting[:100]!r}")
+        return self._encode_as_text(text, said)
+
+    def _said(self, messages: list[Message], text: str) -> bytearray | None:
+        """For each character of the rendered `text` 1 if a message says it and 0 if the template does.
+
+        None if the template cannot be made to tell: it renders marked messages to another text.
+        """
+        mark = "\ue000"
+        everything = "".join([text, *(message["content"] for message in messages)])
+        while mark in everything:
+            mark += "\ue000"
+        marked = []
+        for i, message in enumerate(messages):
+            content = self._marked(message["content"], f"{mark}{i}s{mark}", f"{mark}{i}e{mark}")
+            marked.append(Message(role=message["role"], content=content))
+        try:
+            rendered = self._render(marked)
+        except _FAILURES:
+            return None
+        said, plain, at, speaker = bytearray(), [], 0, None
+        for found in re.finditer(f"{mark}([0-9]+)([se]){mark}|\\Z", rendered):
+            plain.append(rendered[at : found.start()])
+            said += (b"\0" if speaker is None else b"\1") * len(plain[-1])
+            at = found.end()
+            # Templates may cut the beginning of a message (the thoughts of an earlier answer), hence an end without a
+            # start is fine; a start without its end would leave open where the template goes on.
+            if speaker not in (None, found[1]):
+                return None
+            speaker = found[1] if found[2] == "s" else None
+        return said if "".join(plain) == text else None
+
+    def _marked(self, content: str, start: str, end: str) -> str:
+        """The content with marks inside its outer white space, which templates trim, and before each control string."""
+        core = content.strip()
+        if not core:
+            return content
+        head, _, tail = content.partition(core)
+        return head + start + self._pattern.sub(lambda found: start + found[0], core) + end + tail
+
+    def _could_act(self, content: str) -> bool:
+        """Whether the text holds a control string, or could complete one at its ends."""
+        if any(id_ in self._controls for id_ in self._backend.encode(content, add_special_tokens=False).ids):
+            return True
+        core, strings = content.strip(), [token.content for token in self._controls.values()]
+        heads = tuple(string[:i] for string in strings for i in range(1, len(string)))
+        tails = tuple(string[i:] for string in strings for i in range(1, len(string)))
+        return core.startswith(tails) or core.endswith(heads)
+
+    def _encode_as_text(self, text: str, said: bytearray) -> list[int] | Verdict:
+        """Token ids with the template's control strings as control tokens and everything else as plain text."""
+        by_content = {token.content: (id_, token) for id_, token in self._controls.items()}
+        plain, later = self._without_controls
+        ids: list[int] = []
+        at = num_controls = 0
+        for stretch in re.finditer(b"\0+", said):
+            for found in self._pattern.finditer(text, stretch.start(), stretch.end()):
+                id_, token = by_content[found[0]]
+                before = text[at : found.start()]
+                ids += plain.encode(before.rstrip() if token.lstrip else before, add_special_tokens=False).ids
+                ids.append(id_)
+                num_controls += 1
+                at = _skip_space(text, found.end()) if token.rstrip else found.end()
+                plain = later
+        ids += plain.encode(text[at:], add_special_tokens=False).ids
+        if sum(id_ in self._controls for id_ in ids) != num_controls:
+            what = "the messages hold text that this tokenizer cannot but encode as a control token"
+            return Verdict("error", "special_tokens", f"{what}; screen.special_tokens: allow lets it act")
+        return ids
+
+    @functools.cached_property
+    def _without_controls(self) -> tuple[Any, Any]:
+        """Copies of the tokenizer that have no control tokens: for a text's beginning, and for what follows it."""
+        from tokenizers import Tokenizer
+
+        controls = {token.content for token in self._controls.values()}
+        parts = json.loads(self._backend.to_str())
+        parts["added_tokens"] = [token for token in parts["added_tokens"] if token["content"] not in controls]
+        parts["post_processor"] = None
+        if parts["model"]["type"] == "Unigram":
+            # It prefers the longest pieces, so its vocabulary must not spell them (U+FDD0 is no character of any text).
+            for piece in parts["model"]["vocab"]:
+                piece[0] = f"\ufdd0{piece[0]}" if piece[0] in controls else piece[0]
+        first = Tokenizer.from_str(json.dumps(parts))
+        # SentencePiece's space before the first word, which a stretch after a control token does not get.
+        text = json.dumps(parts["pre_tokenizer"]).replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
+        return first, Tokenizer.from_str(json.dumps(parts | {"pre_tokenizer": json.loads(text)}))
+
+
+class PlainRenderer(Renderer):
+    """Prompts for an engine without a model (rehearsals): roles and contents as lines, tokens are UTF-8 bytes."""
+
+    def __init__(self, *, max_prompt_tokens: int | None = None) -> None:
+        self._limits = [] if max_prompt_tokens is None else [(max_prompt_tokens, "screen.max_prompt_tokens")]
+        self._max_token_chars, self._system, self._template_hash = None, None, "none"
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of these UTF-8 bytes."""
+        return bytes(ids).decode(errors="replace")
+
+    def _render(self, messages: list[Message]) -> str:
+        return "".join(f"{message['role']}\n{message['content']}\n\n" for message in messages)
+
+    def _encode(self, messages: list[Message], text: str) -> list[int] | Verdict:
+        return list(text.encode())
+
+
+def _skip_space(text: str, at: int) -> int:
+    while at < len(text) and text[at].isspace():
+        at += 1
+    return at
+
+
+def _positions(model_path: Path) -> int | None:
+    """Positions of the model, where its config.json states them."""
+    file = model_path / "config.json"
+    config = json.loads(file.read_bytes()) if file.is_file() else {}
+    positions = config.get("text_config", config).get("max_position_embeddings")
+    return None if positions is None else int(positions)
+
+
+def _max_token_chars(backend: Any) -> int | None:
+    """The most characters that one token can stand for, where that is certain.
+
+    It is for byte-level BPE: every byte has a token, so none is dropped or merged into an unknown, and none is normalised
+    away; a token stands for as many bytes, hence at most as many characters, as its name is long.
+    """
+    from tokenizers import models, pre_tokenizers
+
+    splitter = b"" if backend.pre_tokenizer is None else backend.pre_tokenizer.__getstate__()
+    if not isinstance(backend.model, models.BPE) or backend.normalizer is not None or b'"ByteLevel"' not in splitter:
+        return None
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    if not all(sign in vocabulary for sign in pre_tokenizers.ByteLevel.alphabet()):
+        return None
+    if any(token.lstrip or token.rstrip for token in backend.get_added_tokens_decoder().values()):
+        return None
+    return max(map(len, vocabulary))

@@ -1,0 +1,77 @@
+"""The second step of a row's way: what can be judged about a conversation without a tokenizer.
+
+Accepted is a chat that every template understands: an optional system message, then user and assistant in turn, the
+last word the user's and not blank. All else is an error that names the message, never a repair: who wrote `human` for
+`user` or two questions in a row has a table to mend, and a guess would be in the training data before anyone saw it.
+Control characters, bidi marks and other oddities of real text pass: the model sees what the user wrote.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from typing import TYPE_CHECKING
+
+from batchgen.record import Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from batchgen.record import Message, Row
+
+_ROLES = ("system", "user", "assistant")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+# Separators, control and format characters; private and unassigned ones count as visible: some font may show them.
+_INVISIBLE = {"Zs", "Zl", "Zp", "Cc", "Cf"}
+# Shown as nothing though Unicode does not call them spaces or format characters: fillers, variation selectors, and the
+# braille pattern without dots.
+_BLANK = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2065\u2800\u3164\ufe00-\ufe0f\uffa0\ufff0-\ufff8\U000e0000-\U000e0fff]"
+)
+
+
+def rows(rows: Iterable[Row]) -> Iterator[Row]:
+    """The same rows, with a verdict for each conversation that cannot be rendered."""
+    for row in rows:
+        if row.verdict is None:
+            assert row.messages is not None, "a row without messages was given a verdict by read"
+            row.verdict = judge(row.messages)
+            if row.verdict is not None and row.verdict.error_type == "bad_text":
+                # No table can hold this text, so the output could not be written.
+                row.messages = None
+        yield row
+
+
+def judge(messages: list[Message]) -> Verdict | None:
+    """What is wrong with a conversation, or None."""
+    if not messages:
+        return Verdict("error", "empty_messages", "the conversation has no messages")
+    for i, message in enumerate(messages):
+        if _SURROGATE.search(message["role"]) or _SURROGATE.search(message["content"]):
+            return Verdict("error", "bad_text", f"messages[{i}] holds a lone surrogate, which is not Unicode text")
+        if message["role"] not in _ROLES:
+            found = ascii(message["role"][:40])
+            return Verdict("error", "bad_role", f"messages[{i}].role is {found}, expected one of {', '.join(_ROLES)}")
+    return _misplaced([message["role"] for message in messages]) or _blank(messages)
+
+
+def _misplaced(roles: list[str]) -> Verdict | None:
+    first = 1 if roles[0] == "system" else 0
+    for i, role in enumerate(roles[first:], first):
+        expected = "assistant" if (i - first) % 2 else "user"
+        if role != expected:
+            return Verdict("error", "bad_role_order", f"messages[{i}] is the {role}'s, expected the {expected}'s")
+    if roles[-1] != "user":
+        last = len(roles) - 1
+        return Verdict(
+            "error", "bad_role_order", f"messages[{last}], the last, is the {roles[-1]}'s, expected the user's"
+        )
+    return None
+
+
+def _blank(messages: list[Message]) -> Verdict | None:
+    text = messages[-1]["content"]
+    if any(unicodedata.category(sign) not in _INVISIBLE and not _BLANK.match(sign) for sign in text):
+        return None
+    what = f"holds only characters that show nothing ({len(text)} of them)" if text else "is empty"
+    return Verdict("error", "empty_prompt", f"messages[{len(messages) - 1}], the last, {what}")

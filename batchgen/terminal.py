@@ -1,0 +1,227 @@
+"""How a job looks: a progress line on a terminal, log lines elsewhere, JSON lines for machines, and the closing words.
+
+Results go to stdout, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+import time
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from batchgen.job import Job, Outcome, Survey
+    from batchgen.status import Status
+    from batchgen.worker import Tally
+
+Log = Literal["auto", "progress", "plain", "json"]
+LOG_SECONDS = 10.0
+
+log = logging.getLogger("batchgen")
+
+
+class _JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        facts = {"time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"), "level": record.levelname.lower()}
+        facts |= {"logger": record.name, "message": record.getMessage()}
+        return json.dumps(facts | getattr(record, "facts", {}))
+
+
+class _ConsoleHandler(logging.Handler):
+    """Prints above a live progress line instead of through it."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        style = "yellow" if record.levelno >= logging.WARNING else "dim"
+        self._console.print(self.format(record), style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+class Watcher:
+    """Shows a submit under way; use as a context manager and pass its methods to `job.submit`."""
+
+    def __init__(self, mode: Log) -> None:
+        self._console = Console(stderr=True)
+        if mode == "auto":
+            mode = "progress" if self._console.is_terminal else "plain"
+        self._mode = mode
+        self._last = time.monotonic()
+        self._total = 0
+        self._progress = Progress(
+            SpinnerColumn(),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("rows"),
+            TextColumn("{task.fields[facts]}"),
+            TextColumn("eta"),
+            TimeRemainingColumn(compact=True),
+            console=self._console,
+        )
+        self._task = self._progress.add_task("", total=None, facts="")
+
+    def __enter__(self) -> Watcher:
+        configure_logging(self._mode, self._console)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def started(self, job: Job) -> None:
+        """The job is planned."""
+        rows = sum(shard.num_rows for shard in job.todo)
+        self._total = rows * job.sampling.n
+        done = len(job.plan.shards) - len(job.todo)
+        draft = f" with draft head {job.spec.model.draft}" if job.draft else ""
+        log.info(
+            "%s: %d of %d rows to do in %d shards (%d shards done), %s%s, %s, up to %d rows at a time",
+            job.spec.name,
+            rows,
+            job.plan.num_rows,
+            len(job.todo),
+            done,
+            job.spec.engine.kind if job.target is None else job.spec.model.target,
+            draft,
+            job.dtype,
+            job.spec.batch_size,
+        )
+        if self._mode == "progress" and job.todo:
+            self._progress.update(self._task, total=self._total)
+            self._progress.start()
+
+    def watch(self, tally: Tally) -> None:
+        """Called after every engine step."""
+        if self._mode == "progress":
+            self._progress.update(self._task, completed=tally.samples, facts=_facts(tally))
+        elif time.monotonic() - self._last >= LOG_SECONDS:
+            self._last = time.monotonic()
+            numbers = dataclasses.asdict(tally) | {"total": self._total, "tokens_per_s": tally.tokens_per_s}
+            numbers["acceptance_length"] = tally.acceptance_length
+            log.info("%d/%d rows, %s", tally.samples, self._total, _facts(tally), extra={"facts": numbers})
+
+
+def configure_logging(mode: str, console: Console | None = None) -> None:
+    """Send the program's own log to stderr as `mode` says; libraries stay silent below warnings."""
+    if mode == "json":
+        handler: logging.Handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(_JsonFormatter())
+    elif mode == "progress" and console is not None:
+        handler = _ConsoleHandler(console)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    log.handlers = [handler]
+    log.propagate = False
+    log.setLevel(logging.INFO)
+
+
+def _facts(tally: Tally) -> str:
+    facts = [f"{tally.running} running"]
+    if tally.tokens_per_s:
+        facts.insert(0, f"{tally.tokens_per_s:.0f} tokens/s")
+    if tally.draft_tokens and tally.acceptance_length:
+        facts.append(f"acceptance length {tally.acceptance_length:.2f}")
+    return ", ".join(facts)
+
+
+def outcome(result: Outcome) -> str:
+    """The closing words of a submit."""
+    s, tally = result.summary, result.tally
+    lines = [f"{s.rows:,} rows: {s.ok:,} ok, {s.error:,} error, {s.skipped:,} skipped"]
+    lines += [f"  {reason}: {count:,}" for reason, count in s.reasons.items()]
+    if tally is None:
+        lines[0] += " (all done before; nothing to do)"
+    elif tally.tokens_per_s:
+        resumed = f", {tally.resumed:,} rows taken over from an earlier run's journal" if tally.resumed else ""
+        lines.append(f"{tally.completion_tokens:,} tokens at {tally.tokens_per_s:,.0f} tokens/s{resumed}")
+    if s.acceptance_rate is not None and s.acceptance_length is not None:
+        depths = " ".join(f"{count / s.draft_steps:.3f}" for count in s.accepted_per_depth)
+        lines.append(
+            f"acceptance rate {s.acceptance_rate:.3f}, acceptance length {s.acceptance_length:.2f} tokens per target "
+            f"pass, by depth {depths}"
+        )
+    lines.append(f"output: {result.output} ({s.parts:,} part{'s' if s.parts != 1 else ''})")
+    lines.append(f'open it: python -c "import polars; print(polars.read_parquet(\'{result.output}/*.parquet\'))"')
+    return "\n".join(lines)
+
+
+def survey(found: Survey) -> str:
+    """What `batchgen plan` prints."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("files", f"{found.files:,}")
+    table.add_row("rows", f"{found.rows:,}, {found.rows_todo:,} to do")
+    table.add_row("shards", f"{found.shards:,}, {found.shards - found.shards_todo:,} done, {found.shards_todo:,} to do")
+    if found.sampled:
+        generated = len(found.prompt_tokens)
+        table.add_row("sample", f"{found.sampled:,} rows: {generated:,} would be generated")
+        for reason, count in sorted(found.verdicts.items()):
+            table.add_row("", f"{count:,} {reason}")
+        for label, count in _histogram(found.prompt_tokens):
+            bar = "#" * max(1, round(30 * count / generated))
+            table.add_row("prompt tokens" if label.startswith("up to") else "", f"{label:>15} {count:>6,} {bar}")
+    if found.rows_todo:
+        table.add_row("output", f"about {_bytes(found.output_bytes)}")
+        if found.estimate_s is None:
+            table.add_row("time", "unknown: this model was not run on this machine yet; the first submit measures it")
+        else:
+            table.add_row("time", f"about {_duration(found.estimate_s)}, going by the last run on this machine")
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def _histogram(lengths: list[int]) -> list[tuple[str, int]]:
+    """Counts per power of two, from the shortest to the longest prompt."""
+    buckets: dict[int, int] = {}
+    for length in lengths:
+        bucket = max(16, 1 << (length - 1).bit_length())
+        buckets[bucket] = buckets.get(bucket, 0) + 1
+    labelled: list[tuple[str, int]] = []
+    for bucket in sorted(buckets):
+        label = f"up to {bucket:,}" if not labelled else f"{bucket // 2 + 1:,}-{bucket:,}"
+        labelled.append((label, buckets[bucket]))
+    return labelled
+
+
+def status(found: Status) -> str:
+    """What `batchgen status` prints."""
+    left = found.rows - found.rows_done - found.rows_journalled
+    return "\n".join(
+        [
+            f"shards: {found.shards_done:,} of {found.shards:,} done",
+            f"rows:   {found.rows_done:,} of {found.rows:,} done, {found.rows_journalled:,} in journals, {left:,} left",
+        ]
+    )
+
+
+def as_json(facts: Any) -> str:
+    """`--json`: the same facts for machines."""
+    return json.dumps(dataclasses.asdict(facts) if dataclasses.is_dataclass(facts) else facts)  # type: ignore[arg-type]
+
+
+def _bytes(num_bytes: float) -> str:
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"

@@ -1,0 +1,109 @@
+"""One shard's part: the create-only PUT that makes its rows final.
+
+The whole Parquet file is built in memory, with page checksums, and checked before it is stored by one request; who
+meets a part of the same shard there discards his own. A shard's part has one name for ever, agreed on by a create-only
+note in the state folder: two submits may count the same shard differently, and a late worker of the first must not put
+its rows beside those of the second. What was stored is read back; a part that is not what was sent is taken away again.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import uuid
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchgen.errors import CorruptOutputError
+from batchgen.store import STATE_FOLDER
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from batchgen.record import Shard
+    from batchgen.store import Store
+
+_PART = re.compile(r"part-\d{5,}-([0-9a-f]{16})\.parquet")
+# A reader of some rows fetches at least one group: 2 to 4 MB of completions.
+_GROUP_ROWS = 1024
+
+
+def parts(store: Store, output_url: str) -> dict[str, str]:
+    """The URL of every part in the output folder by its shard's key.
+
+    Raises:
+        CorruptOutputError: two parts hold one shard.
+    """
+    found: dict[str, str] = {}
+    for url in store.find(output_url, recursive=False):
+        name = _PART.fullmatch(url.rsplit("/", 1)[-1])
+        if name and name[1] in found:
+            raise CorruptOutputError(f"{url}: holds the same rows as {found[name[1]]}; remove one of them")
+        if name:
+            found[name[1]] = url
+    return found
+
+
+def commit(store: Store, output_url: str, shard: Shard, table: pa.Table, *, metadata: Mapping[str, str]) -> bool:
+    """Make `table`, rows in the order given, the shard's part; False when the shard has one already.
+
+    `metadata` goes into the file's key-value metadata, each key after "batchgen.".
+
+    Raises:
+        CorruptOutputError: the part does not read back as sent; it is removed, and the journal stays.
+    """
+    assert len(set(_keys(table))) == table.num_rows, f"shard {shard.key}: a row stands twice in its part"
+    if shard.key in parts(store, output_url):
+        return False
+    data = _encode(table, {**metadata, "shard": shard.key, "commit": uuid.uuid4().hex})
+    url = f"{output_url.rstrip('/')}/{_agreed_name(store, output_url, shard)}"
+    if not store.create(url, data):
+        return False
+    # Twice, because the way back may be what is broken: GCS' answers carry no checksum that gcsfs looks at.
+    if all(_read(store, url) != data for _ in range(2)):
+        store.delete([url])
+        raise CorruptOutputError(f"{url}: does not read back as written, and was removed; submit again")
+    return True
+
+
+def _encode(table: pa.Table, metadata: Mapping[str, str]) -> bytes:
+    """The part's bytes, proven to decode to the same rows."""
+    tagged = {f"batchgen.{key}": value for key, value in metadata.items()}
+    sink = io.BytesIO()
+    pq.write_table(
+        table.replace_schema_metadata({**(table.schema.metadata or {}), **tagged}),
+        sink,
+        compression="zstd",
+        row_group_size=_GROUP_ROWS,
+        write_page_checksum=True,
+    )
+    data = sink.getvalue()
+    back = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read()
+    # Not `back.equals(table)`: a NaN in a kept column equals nothing.
+    assert _keys(back) == _keys(table), "Parquet does not hold the rows that were put in"
+    return data
+
+
+def _agreed_name(store: Store, output_url: str, shard: Shard) -> str:
+    """The one name of the shard's part, whoever writes it and however he counts."""
+    url = f"{output_url.rstrip('/')}/{STATE_FOLDER}/names/{shard.key}"
+    if store.create(url, shard.part_name.encode()):
+        return shard.part_name
+    name = store.read(url).decode(errors="replace")
+    found = _PART.fullmatch(name)
+    if not found or found[1] != shard.key:
+        raise CorruptOutputError(f"{url}: holds {name!r}, not the name of this shard's part; remove it")
+    return name
+
+
+def _keys(table: pa.Table) -> list[tuple[str, int]]:
+    return list(zip(table["row_id"].to_pylist(), table["sample"].to_pylist(), strict=True))
+
+
+def _read(store: Store, url: str) -> bytes | None:
+    try:
+        return store.read(url)
+    except FileNotFoundError:
+        return None

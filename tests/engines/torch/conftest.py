@@ -1,0 +1,64 @@
+"""The demo model, the starter head and real prompts, loaded once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from batchgen import models
+from batchgen.engines.torch.draft import Draft
+from batchgen.engines.torch.engine import TorchEngine
+from batchgen.engines.torch.forest import Shape
+from batchgen.engines.torch.target import Target
+from batchgen.record import Completion, Request, Sampling
+
+ROOT = Path(__file__).parents[3]
+HEAD = ROOT / "examples/smollm2"
+SETS = ("mt_bench", "eagle_gsm8k", "eagle_humaneval")
+
+
+class Bench:
+    """Runs requests on fresh engines over the demo model in float32."""
+
+    def __init__(self) -> None:
+        self.path = models.fetch("demo:smollm2-135m").path
+        self.tokenizer = AutoTokenizer.from_pretrained(self.path)
+        torch.set_num_threads(2)
+
+    def prompts(self, name: str, num: int) -> list[list[int]]:
+        messages = pq.read_table(ROOT / f"examples/prompts/{name}.parquet")["messages"].to_pylist()[:num]
+        return [self.encode(m) for m in messages]
+
+    def encode(self, messages: list[dict[str, str]]) -> list[int]:
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def target(self) -> Target:
+        return Target(self.path, torch.float32, torch.device("cpu"))
+
+    def engine(self, tree: Shape | None, batch_size: int = 64, head: Path = HEAD, kind: type = TorchEngine):
+        target = self.target()
+        draft = Draft(head, target) if tree else None
+        return kind(target, draft, decode=self.decode, batch_size=batch_size, tree=tree)
+
+    def run(self, engine: TorchEngine, prompts: list[list[int]], *samplings: Sampling) -> list[Completion]:
+        """Completions of every prompt under every sampling, prompts first, in order."""
+        for s, sampling in enumerate(samplings):
+            for i, prompt in enumerate(prompts):
+                for sample in range(sampling.n):
+                    engine.submit(Request((s, i, sample), str(i), sample, prompt, sampling))
+        done = []
+        while engine.unfinished:
+            done += engine.step()
+        return sorted(done, key=lambda completion: completion.key)
+
+
+@pytest.fixture(scope="session")
+def bench() -> Bench:
+    return Bench()

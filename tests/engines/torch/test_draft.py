@@ -1,0 +1,172 @@
+"""Drafts equal an independent reference, for both checkpoint formats and every norm flag, on real weights."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from batchgen.engines.torch.engine import TorchEngine
+from batchgen.engines.torch.forest import Shape
+from batchgen.engines.torch.weights import load_head
+from batchgen.errors import ModelError
+from batchgen.record import Sampling
+
+from .conftest import HEAD
+from .reference import Reference
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+DEPTH = 3
+FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+
+
+class Recording(TorchEngine):
+    """Remembers what was drafted after which tokens."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.drafted: list[tuple[list[int], list[int]]] = []
+
+    def _grow(self, draft, roots):
+        before = [list(row.tokens) for row in self._rows]
+        trees = super()._grow(draft, roots)
+        self.drafted += [(tokens, tree.tokens[1:]) for tokens, tree in zip(before, trees, strict=True)]
+        return trees
+
+
+@pytest.fixture(scope="module")
+def hidden_states(bench):
+    """The residual stream after every layer, [T, H] each, by transformers' own eager attention."""
+    model = AutoModelForCausalLM.from_pretrained(bench.path, dtype=torch.float32, attn_implementation="eager")
+
+    @torch.no_grad()
+    def run(tokens: list[int]) -> list[torch.Tensor]:
+        return [h[0] for h in model.model(torch.tensor([tokens]), output_hidden_states=True).hidden_states]
+
+    return run
+
+
+def write_head(folder: Path, fmt: str, flags: dict[str, bool], *, layers: dict | None = None, drop: tuple = ()) -> Path:
+    """The starter head's weights with other flags; norms that it lacks are made up."""
+    config, w = json.loads((HEAD / "config.json").read_text()), load_file(HEAD / "model.safetensors")
+    noise = torch.Generator().manual_seed(7)
+    for name, size in [("input_norm.weight", 3 * 576), *((f"fc_norm.{i}.weight", 576) for i in range(3))]:
+        w.setdefault(name, (1 + 0.2 * torch.randn(size, generator=noise)).to(torch.bfloat16))
+    if fmt == "safeailab":
+        layer = config["transformer_layer_config"]
+        layer = {k: v for k, v in layer.items() if k not in ("layer_types", "use_sliding_window", "sliding_window")}
+        flat = {**layer, "architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": 8192}
+        config = flat | flags | (layers or {})
+        w = {name.replace("layers.0.", "midlayer."): tensor for name, tensor in w.items()}
+    else:
+        config = {k: v for k, v in config.items() if k != "eagle_aux_hidden_state_layer_ids"} | flags
+        config |= layers or {"eagle_aux_hidden_state_layer_ids": [2, 15, 27]}
+    for name in drop:
+        config.pop(name, None)
+        w.pop(name, None)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({name: t.contiguous() for name, t in w.items()}, folder / "model.safetensors")
+    return folder
+
+
+def check_against_reference(bench, hidden_states, head: Path, flags: dict[str, bool], layers=(2, 15, 27)) -> int:
+    engine = bench.engine(Shape(DEPTH, 1, DEPTH), head=head, kind=Recording)
+    done = bench.run(engine, bench.prompts("mt_bench", 2), Sampling(max_tokens=12))
+    w = {name.replace("midlayer.", "layers.0."): t for name, t in load_file(head / "model.safetensors").items()}
+    shape = {"heads": 9, "kv_heads": 3, "head_dim": 64, "theta": 100000.0, "eps": 1e-5}
+    reference = Reference(shape | flags, w, engine._target.embedding.detach())
+    states = {}
+    for prompt, completion in zip(bench.prompts("mt_bench", 2), done, strict=True):
+        states[tuple(prompt)] = hidden_states(prompt + completion.token_ids)
+    compared = 0
+    for tokens, drafted in engine.drafted:
+        whole = next(s for prompt, s in states.items() if tuple(tokens[: len(prompt)]) == prompt)
+        seen = [whole[layer][: len(tokens) - 1] for layer in layers]
+        assert drafted == reference.drafts(tokens, seen, len(drafted)), f"after {len(tokens)} tokens, {flags}"
+        compared += len(drafted)
+    return compared
+
+
+@pytest.mark.parametrize("values", list(itertools.product((False, True), repeat=4)), ids=lambda v: "".join("ft"[x] for x in v))
+def test_drafts_of_a_speculators_head_equal_the_reference(bench, hidden_states, tmp_path, values):
+    flags = dict(zip(FLAGS, values, strict=True))
+    head = write_head(tmp_path / "head", "speculators", flags)
+    assert check_against_reference(bench, hidden_states, head, flags) >= 20
+
+
+@pytest.mark.parametrize("norm_before_residual", [False, True])
+def test_drafts_of_a_safeailab_head_equal_the_reference(bench, hidden_states, tmp_path, norm_before_residual):
+    flags = {**dict.fromkeys(FLAGS, False), "norm_before_residual": norm_before_residual}
+    head = write_head(tmp_path / "head", "safeailab", flags)
+    assert check_against_reference(bench, hidden_states, head, flags, layers=(2, 15, 27)) >= 20
+
+
+@pytest.mark.parametrize(
+    ("fmt", "layers", "expected"),
+    [
+        ("speculators", {"eagle_aux_hidden_state_layer_ids": [20, 1, 10]}, (1, 10, 20)),  # raw: after L layers
+        ("safeailab", {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 9, 19]}}, (1, 10, 20)),  # outputs: + 1
+        ("safeailab", {}, (2, 15, 27)),  # the default of a 30-layer target
+    ],
+)
+def test_layer_ids_are_read_by_the_convention_of_their_place(bench, hidden_states, tmp_path, fmt, layers, expected):
+    flags = dict.fromkeys(FLAGS, False)
+    head = write_head(tmp_path / "head", fmt, flags, layers=layers)
+    assert fit(head).config.aux_layers == expected
+    assert check_against_reference(bench, hidden_states, head, flags, layers=expected) >= 20
+
+
+def fit(head: Path, **shape):
+    known = {"num_target_layers": 30, "target_hidden_size": 576, "vocab_size": 49152, "aux_layers": None}
+    return load_head(head, **(known | shape))
+
+
+def test_a_missing_norm_flag_follows_the_rule_of_its_format(tmp_path):
+    for fmt, expected in (("speculators", True), ("safeailab", False)):
+        head = write_head(tmp_path / fmt, fmt, dict.fromkeys(FLAGS, False), drop=("norm_before_residual",))
+        assert fit(head).config.norm_before_residual is expected
+
+
+def test_a_head_without_auxiliary_layers_listens_to_the_last_state(tmp_path):
+    layers = {"eagle_config": {"use_aux_hidden_state": False}}
+    head = write_head(tmp_path / "head", "safeailab", dict.fromkeys(FLAGS, False), layers=layers, drop=("fc.weight",))
+    assert fit(head).config.aux_layers == ()
+
+
+def test_the_job_file_can_override_the_layers():
+    assert fit(HEAD, aux_layers=[5, 3, 4]).config.aux_layers == (3, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ({"target_hidden_size": 4096}, ["576", "4096"]),
+        ({"vocab_size": 32000}, ["49152", "32000"]),
+        ({"num_target_layers": 12}, ["27", "12"]),
+    ],
+)
+def test_a_head_that_does_not_fit_names_both_sides(shape, words):
+    with pytest.raises(ModelError) as caught:
+        fit(HEAD, **shape)
+    assert all(word in str(caught.value) for word in [str(HEAD), *words])
+
+
+def test_absolute_ids_in_d2t_are_refused(tmp_path):
+    head = write_head(tmp_path / "head", "speculators", dict.fromkeys(FLAGS, False))
+    w = load_file(head / "model.safetensors")
+    save_file(w | {"d2t": w["d2t"] + 49152}, head / "model.safetensors")
+    with pytest.raises(ModelError, match="d2t"):
+        fit(head)
+
+
+def test_another_architecture_is_refused_by_name(bench):
+    with pytest.raises(ModelError, match="LlamaForCausalLM"):
+        fit(bench.path)

@@ -1,0 +1,181 @@
+"""Verification is lossless: exactly, over all small trees, and statistically, through the real sampler."""
+
+from __future__ import annotations
+
+import itertools
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from batchgen_kernels.gumbel import gumbel_noise
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare, kstest
+
+from batchgen.engines.torch import verify
+from batchgen.engines.torch.forest import RowTree
+from batchgen.record import Sampling
+
+
+def tree_of(parents: list[int], tokens: list[int]) -> RowTree:
+    """A tree of the given parents (of nodes 1, 2, ...) and tokens; the root's own token never matters."""
+    depths, bits = [0], [1]
+    for i, parent in enumerate(parents, 1):
+        depths.append(depths[parent] + 1)
+        bits.append(bits[parent] | 1 << i)
+    return RowTree([0, *tokens], [0, *parents], depths, bits)
+
+
+def small_trees(vocabulary: int, nodes: int):
+    """Every tree with `nodes` draft nodes whose siblings carry distinct tokens."""
+    for parents in itertools.product(*(range(i + 1) for i in range(nodes))):
+        for tokens in itertools.product(range(vocabulary), repeat=nodes):
+            if len(set(zip(parents, tokens, strict=True))) == nodes:
+                yield tree_of(list(parents), list(tokens))
+
+
+def target(context: tuple[int, ...], vocabulary: int) -> list[Fraction]:
+    """Some distribution that depends on the whole context, zeros included."""
+    weights = [(7 * sum((i + 2) * t for i, t in enumerate(context)) + 3 * v * v + v) % 5 for v in range(vocabulary)]
+    total = sum(weights)
+    return [Fraction(w, total) for w in weights] if total else [Fraction(1, vocabulary)] * vocabulary
+
+
+def path_to(tree: RowTree, node: int) -> tuple[int, ...]:
+    path: tuple[int, ...] = ()
+    while node:
+        path, node = (tree.tokens[node], *path), tree.parents[node]
+    return path
+
+
+def emitted(tree: RowTree, vocabulary: int) -> dict[tuple[int, ...], Fraction]:
+    """The exact distribution of a step's tokens: `verify.walk` run on every sequence of draws."""
+    found: dict[tuple[int, ...], Fraction] = {}
+    scripts: list[tuple[list[int], Fraction]] = [([], Fraction(1))]
+    while scripts:
+        script, p = scripts.pop()
+        asked: list[int] = []
+
+        def pick(rows: list[int], nodes: list[int], script=script, asked=asked) -> list[int]:
+            asked.append(nodes[0])
+            return [script[len(asked) - 1] if len(asked) <= len(script) else -1]
+
+        [walked] = verify.walk([tree], pick)
+        if len(asked) > len(script):
+            weights = target(path_to(tree, asked[-1]), vocabulary)
+            scripts += [([*script, v], p * w) for v, w in enumerate(weights) if w]
+        else:
+            found[tuple(walked.tokens)] = found.get(tuple(walked.tokens), Fraction(0)) + p
+    return found
+
+
+@pytest.mark.parametrize(("vocabulary", "nodes"), [(2, 1), (2, 2), (2, 3), (3, 1), (3, 2), (3, 3)])
+def test_a_step_emits_exactly_the_targets_own_distribution(vocabulary, nodes):
+    for tree in small_trees(vocabulary, nodes):
+        step = emitted(tree, vocabulary)
+        assert sum(step.values()) == 1
+        for tokens, p in step.items():
+            plain = Fraction(1)
+            for i, token in enumerate(tokens):
+                plain *= target(tokens[:i], vocabulary)[token]
+            assert p == plain
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=1.0),
+        Sampling(temperature=0.5),
+        Sampling(temperature=1.0, top_k=3),
+        Sampling(temperature=0.9, top_p=0.8),
+    ],
+    ids=["t1", "t0.5", "topk", "topp"],
+)
+def test_sampled_trees_follow_the_targets_distribution(seed, sampling):
+    """Chi-square over the first two tokens of many rows. 24 tests at 1e-4 each: one false alarm in 400 suites."""
+    rng = np.random.default_rng(seed)
+    vocabulary, rows = 6, 4000
+    table = torch.from_numpy(rng.normal(scale=1.5, size=(vocabulary + 1, vocabulary))).float()
+    children = rng.permutation(vocabulary)[:3].tolist()
+    tree = tree_of([0, 0, 0, 1, 1, 2], [*children, *rng.permutation(vocabulary)[:2].tolist(), 4])
+    context = [vocabulary, *tree.tokens[1:]]  # a node's distribution depends on its token alone
+
+    keys = [verify.noise_key(seed, str(row), 0) for row in range(rows)]
+
+    def draws(rows_asked: list[int], at: list[int], ahead: list[int]) -> list[int]:
+        wanted = [verify.Draw(sampling, keys[r], a) for r, a in zip(rows_asked, ahead, strict=True)]
+        return verify.draw(table[torch.tensor(at)], wanted)
+
+    walks = verify.walk(
+        [tree] * rows,
+        lambda alive, nodes: draws(alive, [context[n] for n in nodes], [tree.depths[n] for n in nodes]),
+    )
+    short = [r for r, w in enumerate(walks) if len(w.tokens) < 2]
+    second = dict(zip(short, draws(short, [walks[r].tokens[0] for r in short], [1] * len(short)), strict=True))
+    pairs = [(w.tokens[0], second[r] if r in second else w.tokens[1]) for r, w in enumerate(walks)]
+
+    def p_of(logits: torch.Tensor) -> np.ndarray:
+        ids, weights = verify.processed_logits(logits, sampling)
+        p = np.zeros(vocabulary)
+        p[ids.numpy()] = torch.softmax(weights.double(), 0).numpy()
+        return p
+
+    expected = np.outer(p_of(table[vocabulary]), np.ones(vocabulary)) * np.stack([p_of(table[v]) for v in range(6)])
+    observed = np.zeros((vocabulary, vocabulary))
+    for pair in pairs:
+        observed[pair] += 1
+    assert observed[expected == 0].sum() == 0
+    cells = expected.ravel() * rows >= 5
+    rest = max(1e-9, (1 - expected.ravel()[cells].sum()) * rows)
+    f_obs = [*observed.ravel()[cells], rows - observed.ravel()[cells].sum()]
+    f_exp = np.array([*(expected.ravel()[cells] * rows), rest])
+    assert chisquare(f_obs, f_exp * (rows / f_exp.sum())).pvalue > 1e-4
+
+
+def test_noise_is_standard_gumbel_and_independent_over_keys_positions_and_tokens():
+    ids = torch.arange(20000)
+    noise = gumbel_noise(12345, 7, ids)
+    assert kstest(noise.numpy(), "gumbel_r").pvalue > 1e-3
+    across = torch.stack([gumbel_noise(12345, position, ids[:200]) for position in range(400)])
+    assert kstest(across[:, 17].numpy(), "gumbel_r").pvalue > 1e-3
+    keys = torch.stack([gumbel_noise(verify.noise_key(0, str(k), 0), 0, ids[:200]) for k in range(400)])
+    assert kstest(keys[:, 3].numpy(), "gumbel_r").pvalue > 1e-3
+    correlation = np.corrcoef(np.stack([noise[:-1], noise[1:]]))[0, 1]
+    assert abs(correlation) < 0.03
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(0, 10**6), st.lists(st.integers(0, 300_000), min_size=1, max_size=20))
+def test_noise_is_finite_and_a_function_of_its_key_alone(key, position, tokens):
+    noise = gumbel_noise(key, position, torch.tensor(tokens))
+    assert noise.isfinite().all()
+    one_by_one = torch.cat([gumbel_noise(key, position, torch.tensor([token])) for token in tokens])
+    assert torch.equal(noise, one_by_one)
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=40),
+    st.floats(0.1, 3),
+    st.one_of(st.none(), st.integers(1, 50)),
+    st.floats(0.01, 1.0),
+)
+def test_survivors_are_the_smallest_likeliest_set(logits, temperature, top_k, top_p):
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    row = torch.tensor(logits)
+    ids, weights = verify.processed_logits(row, sampling)
+    assert torch.allclose(weights, row[ids] / temperature)
+    outside = [i for i in range(len(logits)) if i not in ids.tolist()]
+    assert not outside or row[outside].max() < row[ids].min(), "no survivor is less likely than one that fell"
+    if top_k is not None:
+        ties = sum(float(x) == float(row[ids].min()) for x in row[ids])
+        assert len(ids) <= top_k - 1 + ties
+    if top_p == 1.0 and top_k is None:
+        assert len(ids) == len(logits)
+
+
+def test_temperature_zero_is_the_argmax():
+    logits = torch.randn(50, 100, generator=torch.Generator().manual_seed(0))
+    draws = [verify.Draw(Sampling(), verify.noise_key(0, str(i), 0), 0) for i in range(50)]
+    assert verify.draw(logits, draws) == logits.argmax(-1).tolist()
