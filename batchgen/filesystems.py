@@ -91,7 +91,10 @@ class Disk(LocalFileSystem):  # type: ignore[misc]  # fsspec is untyped
         """Store a whole object; FileExistsError when `mode` is "create" and there is one."""
         target = Path(path)
         changed = [target.parent, *(folder.parent for folder in target.parents if not folder.exists())]
-        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:  # not what "create" means by it
+            raise NotADirectoryError(errno.ENOTDIR, "a file where a folder should be", error.filename) from error
         temporary = target.with_name(_TEMPORARY + uuid.uuid4().hex)
         try:
             with temporary.open("xb") as file:

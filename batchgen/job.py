@@ -20,7 +20,7 @@ import platformdirs
 from batchgen import cluster, engines, models, plan, provenance, read, record, render, report, screen, status, write
 from batchgen.errors import OutputConflictError, ReconciliationError
 from batchgen.speculation import costs
-from batchgen.store import connect
+from batchgen.store import STATE_FOLDER, connect
 from batchgen.worker import Tally, Task
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("batchgen.job")
 
-JOB = "_batchgen/job.json"
+JOB = f"{STATE_FOLDER}/job.json"
 SURVEY_ROWS = 512
 # A run shorter than this says more about warming up than about speed.
 MEASURED_ROWS = 32

@@ -236,8 +236,8 @@ def _load(
     for entry, data in zip(entries, whole, strict=True):
         try:
             table = _decode(data)
-        except (pa.ArrowException, OSError) as error:
-            raise CorruptOutputError(f"{entry.url}: does not read back as written ({error}); {again}") from error
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise CorruptOutputError(f"{entry.url}: {_damage(error)}; {again}") from error
         if not table.schema.equals(stored):
             differ = ", ".join(sorted({str(field) for field in {*table.schema} ^ {*stored}})) or "their order"
             raise OutputConflictError(f"{entry.url}: journalled with other columns ({differ}); {again}")
@@ -270,5 +270,9 @@ def _num_rows(store: Store, entry: Entry, tail: bytes) -> int:
         data = tail if footer_bytes <= len(tail) else store.read(entry.url)
         missing = entry.size_bytes - len(data)
         return int(pq.read_metadata(pa.BufferReader(b"PAR1".ljust(missing, b"\0")[:missing] + data)).num_rows)
-    except (pa.ArrowException, OSError) as error:
-        raise CorruptOutputError(f"{entry.url}: does not read back as written ({error})") from error
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise CorruptOutputError(f"{entry.url}: {_damage(error)}") from error
+
+
+def _damage(error: Exception) -> str:
+    return f"does not read back as written ({' '.join(str(error).split())})"

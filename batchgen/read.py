@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from batchgen.record import Shard
+    from batchgen.spec import SamplingColumn
     from batchgen.store import Store
 
 # Rows may hold 100 kB each, so a batch is small; decoding is not what a job waits for.
@@ -48,7 +49,7 @@ class Columns:
     system: str | None
     id: str | None
     keep: tuple[str, ...]
-    sampling: Mapping[str, str]
+    sampling: Mapping[SamplingColumn, str]
 
 
 class _Unusable(Exception):  # noqa: N818  # it never leaves this module, and is a finding rather than a failure
@@ -189,7 +190,7 @@ def _row_id(values: Mapping[str, Any], columns: Columns, taken: set[str]) -> str
     if value is None or not str(value).strip():
         raise _Unusable("bad_id", f"column {columns.id!r} is {'null' if value is None else 'empty'}")
     if str(value) in taken:
-        raise _Unusable("duplicate_id", f"column {columns.id!r}: {str(value)[:100]!r} is the id of an earlier row")
+        raise _Unusable("duplicate_id", f"column {columns.id!r}: {ascii(str(value))[:100]} is the id of an earlier row")
     return str(value)
 
 
@@ -242,8 +243,8 @@ def _sampling(values: Mapping[str, Any], columns: Columns, default: Sampling) ->
             try:
                 own[field] = of(value)
             except (TypeError, ValueError, OverflowError) as error:
-                found = str(value)[:60]
-                raise _Unusable("bad_sampling", f"{field} (column {column!r}) is {found!r}, not {expected}") from error
+                found = ascii(value)[:60]
+                raise _Unusable("bad_sampling", f"{field} (column {column!r}) is {found}, not {expected}") from error
     return dataclasses.replace(default, **own) if own else default
 
 

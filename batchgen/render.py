@@ -1,6 +1,6 @@
 """The third step of a row's way: a conversation to the token ids that the target model was trained to see.
 
-User text stays text. A prompt that holds `<|im_end|>` is a prompt about `<|im_end|>`: only the chat template may produce
+User text stays text. A prompt that holds `<|im_end|>` is a prompt about `<|im_end|>`: only the chat template may make
 control tokens. So the template is rendered twice, once with marks around what the messages say, which shows for each
 character who wrote it; where text of a message would become a control token, the stretches between the template's own
 are encoded by a copy of the tokenizer that has no control tokens. What is in doubt is an error, never a guess.
@@ -65,7 +65,7 @@ class Renderer:
         self._backend.no_padding()
         base = self._backend.get_vocab(with_added_tokens=False)
         added = self._backend.get_added_tokens_decoder()
-        # An added token that the base vocabulary has too and that is not special is ordinary text (Gemma's blank lines).
+        # An added token that the base vocabulary has too and that is not special is ordinary text: Gemma's blank lines.
         self._controls = {id_: token for id_, token in added.items() if token.special or token.content not in base}
         longest_first = sorted((token.content for token in self._controls.values()), key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
@@ -138,12 +138,12 @@ class Renderer:
 
     def _injected_system(self) -> str | None:
         """The system message that the template adds to a conversation without one, if saying it gives the same text."""
-        mark, user = "\ue000system\ue000", Message(role="user", content="x")
+        mark, user = "\ue000system\ue000", Message(role="user", content="\ue001user\ue001")
         try:
             head, marked, tail = self._render([Message(role="system", content=mark), user]).partition(mark)
             default = self._render([user])
             found = default.removeprefix(head).removesuffix(tail)
-            if not marked or not found or head + found + tail != default:
+            if not marked or not found or user["content"] in found or head + found + tail != default:
                 return None
             return found if self._render([Message(role="system", content=found), user]) == default else None
         except _FAILURES:  # no system messages in this template
@@ -156,9 +156,9 @@ class Renderer:
             return ids
         said = self._said(messages, text)
         if said is None:
-            # The template does something else with marked messages; harmless unless they hold control strings.
+            # Harmless unless the messages hold control strings.
             if any(self._could_act(message["content"]) for message in messages):
-                why = "the chat template treats this text specially, and it holds (parts of) control tokens"
+                why = "the chat template treats this text specially, and the text holds (parts of) control tokens"
                 return Verdict("error", "special_tokens", f"{why}; screen.special_tokens: allow lets them act")
             return ids
         places = (encoding.token_to_chars(i) for i, id_ in enumerate(ids) if id_ in self._controls)
@@ -166,18 +166,18 @@ class Renderer:
         if acting is None:
             return ids
         if self._special_tokens == "reject":
-            return Verdict("error", "special_tokens", f"the messages hold the control token {acting[:100]!r}")
+            return Verdict("error", "special_tokens", f"the messages hold the control token {ascii(acting)[:100]}")
         return self._encode_as_text(text, said)
 
     def _said(self, messages: list[Message], text: str) -> bytearray | None:
         """For each character of the rendered `text` 1 if a message says it and 0 if the template does.
 
-        None if the template cannot be made to tell: it renders marked messages to another text.
+        None if that cannot be told: the template renders marked messages to another text, or no mark is left to use.
         """
-        mark = "\ue000"
-        everything = "".join([text, *(message["content"] for message in messages)])
-        while mark in everything:
-            mark += "\ue000"
+        used = set(text).union(*(message["content"] for message in messages))
+        mark = next((sign for sign in map(chr, range(0xE000, 0xF900)) if sign not in used), None)
+        if mark is None:
+            return None
         marked = []
         for i, message in enumerate(messages):
             content = self._marked(message["content"], f"{mark}{i}s{mark}", f"{mark}{i}e{mark}")
@@ -251,8 +251,11 @@ class Renderer:
                 piece[0] = f"\ufdd0{piece[0]}" if piece[0] in controls else piece[0]
         first = Tokenizer.from_str(json.dumps(parts))
         # SentencePiece's space before the first word, which a stretch after a control token does not get.
-        text = json.dumps(parts["pre_tokenizer"]).replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
-        return first, Tokenizer.from_str(json.dumps(parts | {"pre_tokenizer": json.loads(text)}))
+        splitter = json.dumps(parts["pre_tokenizer"])
+        without_space = splitter.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
+        if splitter == without_space:
+            return first, first
+        return first, Tokenizer.from_str(json.dumps(parts | {"pre_tokenizer": json.loads(without_space)}))
 
 
 class PlainRenderer(Renderer):
@@ -290,8 +293,8 @@ def _positions(model_path: Path) -> int | None:
 def _max_token_chars(backend: Any) -> int | None:
     """The most characters that one token can stand for, where that is certain.
 
-    It is for byte-level BPE: every byte has a token, so none is dropped or merged into an unknown, and none is normalised
-    away; a token stands for as many bytes, hence at most as many characters, as its name is long.
+    It is for byte-level BPE: every byte has a token, so none is dropped or merged into an unknown, and none is
+    normalised away; a token stands for as many bytes, hence at most as many characters, as its name is long.
     """
     from tokenizers import models, pre_tokenizers
 

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 
 from batchgen import write
+from batchgen.store import STATE_FOLDER
 
 if TYPE_CHECKING:
     from batchgen.plan import Plan
     from batchgen.store import Store
 
-SUMMARY = "_batchgen/summary.json"
+SUMMARY = f"{STATE_FOLDER}/summary.json"
 _COLUMNS = [
     "row_id",
     "sample",

@@ -50,7 +50,7 @@ def judge(messages: list[Message]) -> Verdict | None:
         if _SURROGATE.search(message["role"]) or _SURROGATE.search(message["content"]):
             return Verdict("error", "bad_text", f"messages[{i}] holds a lone surrogate, which is not Unicode text")
         if message["role"] not in _ROLES:
-            found = ascii(message["role"][:40])
+            found = ascii(message["role"])[:100]
             return Verdict("error", "bad_role", f"messages[{i}].role is {found}, expected one of {', '.join(_ROLES)}")
     return _misplaced([message["role"] for message in messages]) or _blank(messages)
 

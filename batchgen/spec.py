@@ -9,6 +9,7 @@ Relative local paths in a job file are relative to the current directory, not to
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import functools
 import os
 import posixpath
@@ -55,7 +56,7 @@ class InputSpec(_Part):
     path: Text = Field(description="Parquet file, folder or pattern; a local path or any fsspec URL.")
     messages: Text | None = Field(default=None, description="Column of chats in OpenAI form; this or prompt.")
     prompt: Text | None = Field(default=None, description="Column of texts, each a user's message; this or messages.")
-    system: Text | None = Field(default=None, description="System message put before every prompt; only with prompt.")
+    system: Text | None = Field(default=None, description="Column of system messages, null for none; with prompt.")
     id: Text | None = Field(default=None, description="Column with the row's id; null: <file>#<row>.")
     keep: tuple[Text, ...] = Field(default=(), strict=False, description="Columns copied to the output.")
     sampling: dict[SamplingColumn, Text] = Field(
@@ -95,10 +96,15 @@ class ScreenSpec(_Part):
 class ModelSpec(_Part):
     """The target model and its draft head."""
 
-    target: Text = Field(description="Hugging Face model id or local folder; demo:smollm2-135m needs no download.")
+    target: Text = Field(description="Hugging Face model id or local folder; demo:smollm2-135m is small and always there.")
     draft: Text | None = Field(default=None, description="EAGLE-3 head, as a model id or folder; null: none.")
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = Field(
-        default="auto", description="Number format of the weights; auto: chosen for model and device."
+        default="auto", description="Number format of the weights; auto: bfloat16 where the hardware computes it."
+    )
+    aux_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        default=None,
+        strict=False,
+        description="Layers after which the head listens to the target; null: as its checkpoint says.",
     )
 
 
@@ -237,7 +243,7 @@ _IMPOSSIBLE: _Rules = {
     "input.prompt: found both messages and prompt, expected one of them": (
         lambda v: v["input.messages"] is not None and v["input.prompt"] is not None
     ),
-    "input.system: goes with prompt only; with messages, the system message belongs in the column": (
+    "input.system: goes with prompt only; with messages, the system message is one of them": (
         lambda v: v["input.system"] is not None and v["input.messages"] is not None
     ),
     "input.keep: names a column twice": lambda v: len(set(v["input.keep"])) < len(v["input.keep"]),
@@ -345,13 +351,16 @@ def _blame(document: Document, error: ValidationError) -> None:
 def _finds(pattern: str, folder: str) -> bool:
     """Whether `pattern`, a file, folder or glob, finds a part written to `folder`."""
 
-    def absolute(path: str) -> str:
+    def parts(path: str) -> list[str]:
         path = re.sub(r"^(file|local)://", "", path).replace("gcs://", "gs://")
-        return posixpath.normpath(path if "://" in path else Path(path).expanduser().absolute())
+        return posixpath.normpath(path if "://" in path else Path(path).expanduser().absolute()).rstrip("/").split("/")
 
-    if not set("*?[") & set(pattern) and not pattern.endswith(".parquet"):
-        pattern += "/**"
-    tokens = re.split(r"(\*\*/?|\*|\?|\[[^]]+\])", absolute(pattern))
-    globs = {"**/": "(.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    regex = "".join(globs.get(token, token if token[:1] == "[" else re.escape(token)) for token in tokens)
-    return re.fullmatch(regex, absolute(folder) + "/part-00000-0123456789abcdef.parquet") is not None
+    def match(names: list[str], globs: list[str]) -> bool:
+        if globs[:1] == ["**"]:
+            return any(match(names[skip:], globs[1:]) for skip in range(len(names) + 1))
+        if not names or not globs:
+            return not names and not globs
+        return fnmatch.fnmatchcase(names[0], globs[0]) and match(names[1:], globs[1:])
+
+    whole = [] if set("*?[") & set(pattern) or pattern.endswith(".parquet") else ["**"]
+    return match([*parts(folder), "part-00000-0123456789abcdef.parquet"], parts(pattern) + whole)

@@ -226,7 +226,7 @@ class Store:
                 f"{verb} {url}: {self.scheme}:// has no atomic create; write to gs://, s3:// or a local path"
             )
         try:
-            # One request whatever the size: GCS and S3 honour the precondition of uploads in pieces only at their end.
+            # One request whatever the size (`chunksize` is s3fs'), so that bytes and precondition are judged together.
             self._retry(verb, url, lambda limit: self.fs.pipe_file(path, data, mode=mode, chunksize=2**30, **limit))
         except FileNotFoundError as error:
             raise StoreError(f"{verb} {url}: nowhere to write; does the bucket exist?") from error
@@ -239,7 +239,7 @@ class Store:
         """The objects among fsspec's answers."""
         found = {}
         for path, info in sorted(infos.items()):
-            if info["type"] != "directory" and not path.endswith("/"):
+            if info["type"] == "file" and not path.endswith("/"):
                 url = f"{self.scheme}://{path.removeprefix('/') if self.scheme == 'memory' else path}"
                 known = (info.get(name) for name in ("version", "generation", "ETag", "blob_id", "created"))
                 version = next((str(value).strip('"') for value in known if value), str(info["size"]))
@@ -307,6 +307,11 @@ class _Ranged(io.RawIOBase):
         data = self._store._range(self._entry, self._at, end) if end > self._at else b""  # noqa: SLF001
         self._at += len(data)
         return data
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 def _scheme(url: str) -> str:

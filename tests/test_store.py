@@ -1,0 +1,431 @@
+"""Storage: whole objects or none, one creator, and faults that are outlived or named."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import logging
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from faultproxy import Fault
+
+from batchgen import filesystems
+from batchgen.errors import InputError, StoreError
+from batchgen.store import Entry, Store, connect
+
+if TYPE_CHECKING:
+    from faultproxy import FaultProxy
+
+Anywhere = tuple[str, dict[str, Any]]
+
+UPLOAD = r"^POST /upload/"
+DOWNLOAD = r"^GET /download/"
+
+
+@pytest.fixture
+def faulty(faults: FaultProxy, gcs_folder: Anywhere) -> tuple[str, Store]:
+    """A fresh folder behind the fault proxy, and a store that gives up after a few seconds."""
+    store = connect(gcs_folder[0], {"endpoint_url": faults.url})
+    store.budget_s = 20.0
+    return gcs_folder[0], store
+
+
+def test_importing_the_store_loads_no_storage_library() -> None:
+    code = (
+        "import sys, batchgen.store; print({'gcsfs', 's3fs', 'aiohttp', 'google.auth', 'pyarrow'} & set(sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_what_is_put_is_read(anywhere: Anywhere) -> None:
+    store, url = connect(*anywhere), f"{anywhere[0]}/a/b.bin"
+    store.put(url, b"first")
+    store.put(url, b"second")
+    assert store.read(url) == b"second"
+    store.put(url, b"")
+    assert store.read(url) == b""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dt=2026-11-22/part-0.parquet",  # hive partitions
+        "sp ace/ü ✓.txt",  # URL quoting
+        "a#1?b=c&d%2F+e",  # what URLs use themselves
+        "run[1]/*.x{2}",  # patterns that are names
+        "__batchgen/names/0",
+    ],
+)
+def test_any_name_comes_back_as_it_was_given(anywhere: Anywhere, name: str) -> None:
+    store, url = connect(*anywhere), f"{anywhere[0]}/{name}"
+    assert store.create(url, b"x")
+    assert store.read(url) == b"x"
+    assert list(store.find(anywhere[0])) == [url]
+    assert store.find(url.rsplit("/", 1)[0], recursive=False)[url] == store.info(url)
+    store.delete([url])
+    assert store.find(anywhere[0]) == {}
+
+
+def test_bytes_that_look_like_an_upload_boundary_are_stored_whole(gcs_folder: Anywhere) -> None:
+    # gcsfs' own upload stores only the first line of this.
+    data = b"first\n--==0==\nContent-Type: text/plain\n\nsecond\n--==0==--\nthird"
+    store = connect(*gcs_folder)
+    store.put(f"{gcs_folder[0]}/x", data)
+    assert store.read(f"{gcs_folder[0]}/x") == data
+
+
+def test_create_never_replaces(anywhere: Anywhere) -> None:
+    store, url = connect(*anywhere), f"{anywhere[0]}/x"
+    assert store.create(url, b"mine")
+    assert not store.create(url, b"yours")
+    assert store.create(url, b"mine"), "the object holds these very bytes"
+    assert store.read(url) == b"mine"
+
+
+@pytest.mark.parametrize("size", [10, 300_000])
+def test_exactly_one_of_many_creators_wins(anywhere: Anywhere, size: int) -> None:
+    store = connect(*anywhere)
+    with ThreadPoolExecutor(12) as threads:
+        for turn in range(5):
+            url, start = f"{anywhere[0]}/{size}/{turn}", threading.Barrier(12)
+            bodies = [bytes([i]) * size for i in range(12)]
+
+            def create(body: bytes, url: str = url, start: threading.Barrier = start) -> bool:
+                start.wait()
+                return store.create(url, body)
+
+            won = list(threads.map(create, bodies))
+            assert won.count(True) == 1
+            assert store.read(url) == bodies[won.index(True)]
+
+
+def test_memory_is_a_store_too() -> None:
+    store = connect("memory://batchgen-test")
+    store.remove("memory://batchgen-test")
+    assert store.create("memory://batchgen-test/x", b"1")
+    assert not store.create("memory://batchgen-test/x", b"2")
+    assert list(store.find("memory://batchgen-test")) == ["memory://batchgen-test/x"]
+    assert list(store.glob("memory://batchgen-test/*")) == ["memory://batchgen-test/x"]
+    store.remove("memory://batchgen-test")
+
+
+def test_a_folder_is_listed_whole_or_flat(anywhere: Anywhere) -> None:
+    store, folder = connect(*anywhere), anywhere[0]
+    for name in ("b", "a", "sub/c", "sub/deep/d"):
+        store.put(f"{folder}/{name}", name.encode())
+    store.put(f"{folder}-beside/e", b"")
+    assert list(store.find(folder)) == [f"{folder}/{name}" for name in ("a", "b", "sub/c", "sub/deep/d")]
+    assert list(store.find(folder, recursive=False)) == [f"{folder}/a", f"{folder}/b"]
+    assert list(store.glob(f"{folder}/*")) == [f"{folder}/a", f"{folder}/b"]
+    assert list(store.glob(f"{folder}/**/d")) == [f"{folder}/sub/deep/d"]
+    assert list(store.glob(f"{folder}/a")) == [f"{folder}/a"]
+    assert store.find(f"{folder}/sub/c") == {}, "an object is not a folder"
+
+
+def test_what_is_not_there_is_empty_or_not_found(anywhere: Anywhere) -> None:
+    store, folder = connect(*anywhere), anywhere[0]
+    store.put(f"{folder}/sub/x", b"1")
+    assert store.find(f"{folder}/none") == store.glob(f"{folder}/none/*") == store.glob(f"{folder}/none") == {}
+    store.delete([f"{folder}/none", f"{folder}/sub/none"])
+    store.remove(f"{folder}/none")
+    for act in (store.read, store.info, lambda url: store.open(url).__enter__()):
+        with pytest.raises(FileNotFoundError, match=f"{folder}/none"):
+            act(f"{folder}/none")
+    with pytest.raises(FileNotFoundError, match=f"{folder}/sub"):
+        store.info(f"{folder}/sub")
+
+
+def test_writes_of_others_are_seen_at_once(anywhere: Anywhere) -> None:
+    one, other, folder = connect(*anywhere), connect(*anywhere), anywhere[0]
+    assert one.find(folder) == {}
+    other.put(f"{folder}/x", b"1")
+    assert list(one.find(folder)) == [f"{folder}/x"]
+    other.delete([f"{folder}/x"])
+    assert one.find(folder) == {}
+
+
+def test_a_version_changes_with_the_content(anywhere: Anywhere) -> None:
+    store, url = connect(*anywhere), f"{anywhere[0]}/x"
+    versions = set()
+    for content in (b"1", b"2", b"22"):
+        store.put(url, content)
+        entry = store.info(url)
+        assert entry == store.find(anywhere[0])[url] == store.glob(f"{anywhere[0]}/?")[url]
+        assert (entry.url, entry.size_bytes) == (url, len(content))
+        versions.add(entry.version)
+    assert len(versions) == 3
+
+
+def test_remove_takes_everything_below_and_nothing_beside(anywhere: Anywhere) -> None:
+    store, folder = connect(*anywhere), anywhere[0]
+    for name in ("a/1", "a/b/2", "ab"):
+        store.put(f"{folder}/{name}", b"")
+    store.remove(f"{folder}/a")
+    assert list(store.find(folder)) == [f"{folder}/ab"]
+
+
+def test_a_file_is_read_in_ranges(anywhere: Anywhere) -> None:
+    store, url = connect(*anywhere), f"{anywhere[0]}/x.parquet"
+    table = pa.table({"x": range(10_000)})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, row_group_size=1000, write_page_checksum=True)
+    store.put(url, sink.getvalue().to_pybytes())
+    with store.open(url, version=store.info(url).version) as file:
+        parquet = pq.ParquetFile(file, pre_buffer=True, page_checksum_verification=True)
+        assert parquet.read_row_group(7)["x"].to_pylist() == list(range(7000, 8000))
+        assert parquet.read().equals(table)
+        size = store.info(url).size_bytes
+        assert file.seek(-4, os.SEEK_END) == size - 4
+        assert file.read() == b"PAR1"
+        assert (file.read(1), file.tell(), file.readable(), file.seekable()) == (b"", size, True, True)
+        file.seek(0)
+        assert io.BufferedReader(file).peek(4)[:4] == b"PAR1"  # type: ignore[arg-type]
+
+
+def test_an_input_that_changed_since_it_was_planned_is_refused(anywhere: Anywhere) -> None:
+    store, url = connect(*anywhere), f"{anywhere[0]}/x"
+    store.put(url, b"old")
+    version = store.info(url).version
+    store.put(url, b"new!")
+    with pytest.raises(InputError, match=f"{url}: changed since it was planned"), store.open(url, version=version):
+        pass
+
+
+def test_an_object_replaced_while_it_is_read_is_an_error_and_not_a_mixture(gcs_folder: Anywhere) -> None:
+    store, url = connect(*gcs_folder), f"{gcs_folder[0]}/x"
+    store.put(url, b"old" * 10)
+    with store.open(url) as file:
+        assert file.read(3) == b"old"
+        store.put(url, b"new" * 10)
+        with pytest.raises(StoreError, match=f"{url}: replaced or removed while it was read"):
+            file.read(3)
+
+
+def test_the_tails_of_many_objects_come_in_order(anywhere: Anywhere) -> None:
+    store = connect(*anywhere)
+    for i in range(40):
+        store.put(f"{anywhere[0]}/{i:02d}", b"x" * i + f"{i:02d}".encode())
+    entries = list(store.find(anywhere[0]).values())[::-1]
+    assert store.tails(entries, 2) == [f"{i:02d}".encode() for i in reversed(range(40))]
+    assert store.tails(entries[-1:], 100) == [b"00"]
+    assert store.tails([], 100) == []
+    gone = dataclasses.replace(entries[3], url=f"{anywhere[0]}/gone")
+    with pytest.raises(FileNotFoundError, match=f"{anywhere[0]}/gone"):
+        store.tails([*entries[:3], gone], 2)
+
+
+def test_links_and_relative_paths_work_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "blob").write_bytes(b"123")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "blob")  # how the Hugging Face cache stores files
+    (tmp_path / "in" / "loop").symlink_to(tmp_path)
+    (tmp_path / "in" / "dangling").symlink_to(tmp_path / "nowhere")
+    monkeypatch.chdir(tmp_path)
+    store = connect("in")
+    found = f"{tmp_path}/in/link"
+    assert store.glob("in/*") == store.find("in") == {found: Entry(found, 3, store.info("blob").version)}
+    store = connect(f"file://{tmp_path}")
+    assert list(store.find(f"file://{tmp_path}/in")) == [f"file://{found}"]
+
+
+def test_files_on_disk_have_the_permissions_of_the_users_umask(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_bytes(b"")
+    connect(str(tmp_path)).create(f"{tmp_path}/x", b"")
+    assert (tmp_path / "x").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+# What goes wrong, and what comes of it. `skip` lets the folder's own requests pass.
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(UPLOAD, "status", times=2),
+        Fault(UPLOAD, "status", status=429),
+        Fault(UPLOAD, "status", status=408),
+        Fault(UPLOAD, "status", status=502),  # gcsfs makes a requests.ProxyError of it
+        Fault(UPLOAD, "status", status=400, body=b'{"error": {"message": "Provided MD5 hash \\"x\\" does not match"}}'),
+        Fault(UPLOAD, "reset", times=2),
+        Fault(UPLOAD, "applied"),
+        Fault(UPLOAD, "applied", status=None),
+        Fault(UPLOAD, "truncate"),
+    ],
+    ids=lambda fault: f"{fault.do}-{fault.status}",
+)
+@pytest.mark.parametrize("verb", ["put", "create"])
+def test_a_write_outlives_faults(faulty: tuple[str, Store], faults: FaultProxy, fault: Fault, verb: str) -> None:
+    folder, store = faulty
+    faults.faults = [dataclasses.replace(fault)]
+    assert getattr(store, verb)(f"{folder}/x", b"mine") is {"put": None, "create": True}[verb]
+    assert faults.faults[0].times == 0, "the fault did not happen"
+    assert store.retries == fault.times
+    assert store.read(f"{folder}/x") == b"mine"
+
+
+@pytest.mark.parametrize("do", ["status", "reset", "truncate"])
+def test_reads_and_listings_outlive_faults(faulty: tuple[str, Store], faults: FaultProxy, do: Any) -> None:
+    folder, store = faulty
+    for i in range(3):
+        store.put(f"{folder}/{i}", b"0123456789")
+    listing = r"^GET /storage/v1/b/batchgen-tests/o"
+
+    def after(match: str, times: int = 1) -> None:
+        assert sum(fault.times for fault in faults.faults) == 0
+        faults.faults = [Fault(match, do, times=times)]
+
+    after(DOWNLOAD, 2)
+    assert store.read(f"{folder}/0") == b"0123456789"
+    after(listing)
+    assert len(store.find(folder)) == 3
+    after(listing)
+    assert len(store.find(folder, recursive=False)) == 3
+    after(listing)
+    assert len(store.glob(f"{folder}/*")) == 3
+    after(listing)
+    assert store.info(f"{folder}/0").size_bytes == 10
+    after(DOWNLOAD)
+    assert store.tails(list(store.find(folder).values()), 4) == [b"6789"] * 3
+    after(DOWNLOAD)
+    with store.open(f"{folder}/2") as file:
+        assert file.read(5) == b"01234"
+    after("^DELETE")
+    store.delete([f"{folder}/0", f"{folder}/1"])
+    assert list(store.find(folder)) == [f"{folder}/2"]
+    # aiohttp itself repeats a GET, once, when a connection that it had kept open turns out to be closed.
+    assert store.retries == 9 or (do == "reset" and store.retries)
+
+
+def test_a_create_that_lost_its_answer_and_then_the_race_is_not_told_it_won(
+    faulty: tuple[str, Store], faults: FaultProxy
+) -> None:
+    folder, store = faulty
+    store.put(f"{folder}/x", b"theirs")
+    faults.faults = [Fault(UPLOAD, "reset")]
+    assert not store.create(f"{folder}/x", b"mine")
+
+
+def test_a_delete_that_was_applied_is_not_missed(faulty: tuple[str, Store], faults: FaultProxy) -> None:
+    folder, store = faulty
+    store.put(f"{folder}/x", b"")
+    faults.faults = [Fault("^DELETE", "applied")]
+    store.delete([f"{folder}/x"])
+    assert store.find(folder) == {}
+
+
+@pytest.mark.parametrize(
+    ("verb", "do", "cause"),
+    [
+        ("put", "status", "HTTP 503"),
+        ("create", "status", "HTTP 503"),
+        ("read", "status", "HTTP 503"),
+        ("find", "status", "HTTP 503"),
+        ("info", "status", "HTTP 503"),
+        ("create", "reset", "ClientOSError|ServerDisconnected"),
+        ("read", "reset", "ClientOSError|ServerDisconnected"),
+    ],
+)
+def test_storage_that_stays_down_is_an_error_within_the_budget(  # noqa: PLR0917  # pytest passes by name
+    faulty: tuple[str, Store], faults: FaultProxy, caplog: pytest.LogCaptureFixture, verb: str, do: Any, cause: str
+) -> None:
+    folder, store = faulty
+    faults.faults = [Fault(".", do, times=10**6)]
+    store.budget_s, start = 0.8, time.monotonic()
+    with (
+        caplog.at_level(logging.WARNING),
+        pytest.raises(StoreError, match=rf"^{verb} {folder}/x: .*({cause}).*; gave up after \d+ tries in [01] s$"),
+    ):
+        getattr(store, verb)(f"{folder}/x", *([b"data"] if verb in {"put", "create"} else []))
+    assert time.monotonic() - start < 2
+    assert store.retries == len(caplog.records) > 0
+    assert {record.name for record in caplog.records} == {"batchgen.store"}
+    assert caplog.messages[0].startswith(f"{verb} {folder}/x: ")
+
+
+def test_a_server_that_never_answers_is_given_up(faulty: tuple[str, Store], faults: FaultProxy) -> None:
+    folder, store = faulty
+    store.put(f"{folder}/x", b"1")
+    faults.faults = [Fault(DOWNLOAD, "delay", times=10, delay_s=3)]
+    store.budget_s = 1.0
+    with pytest.raises(StoreError, match=r"FSTimeoutError"):
+        store.read(f"{folder}/x")
+
+
+@pytest.mark.parametrize("verb", ["put", "read"])
+@pytest.mark.parametrize("status", [400, 401, 403])
+def test_a_refusal_is_one_line_at_once(faulty: tuple[str, Store], faults: FaultProxy, verb: str, status: int) -> None:
+    folder, store = faulty
+    message = b'{"error": {"message": "robot@acme lacks storage.objects.create"}}'
+    faults.faults = [Fault(".", "status", times=9, status=status, body=message)]
+    with pytest.raises(StoreError, match=rf"^{verb} {folder}/x: .*robot@acme lacks storage\.objects\.create.*$"):
+        getattr(store, verb)(f"{folder}/x", *([b""] if verb == "put" else []))
+    assert store.retries == 0
+
+
+def test_mistakes_are_named(gcs: str, tmp_path: Path) -> None:
+    store = connect("gs://", {"endpoint_url": gcs})
+    with pytest.raises(StoreError, match=r"^create gs://no-such-bucket/x: nowhere to write; does the bucket exist\?$"):
+        store.create("gs://no-such-bucket/x", b"")
+    assert store.find("gs://no-such-bucket/x") == {}
+    with pytest.raises(StoreError, match=r"^x://b: cannot connect: ValueError: Protocol not known: x$"):
+        connect("x://b")
+    with pytest.raises(StoreError, match=r"^put http://b/x: http:// has no atomic create; write to gs://"):
+        Store("http", filesystems.Memory(), (OSError,)).put("http://b/x", b"")
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StoreError, match=rf"^put {tmp_path}/file/x: NotADirectoryError"):
+        connect(str(tmp_path)).put(f"{tmp_path}/file/x", b"")
+
+
+def test_an_emulator_needs_no_credentials_and_options_are_never_shown(
+    gcs: str, gcs_folder: Anywhere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs)
+    store = connect(gcs_folder[0], {"session_kwargs": {"headers": {"x-secret": "sesame"}}})
+    store.put(f"{gcs_folder[0]}/x", b"1")
+    assert "sesame" not in repr(store)
+    assert filesystems.gcs_settings({"endpoint_url": gcs})["token"] == "anon"
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST")
+    assert "token" not in filesystems.gcs_settings({}), "the real service is asked with the user's credentials"
+
+
+# A writer on disk that is killed while it overwrites one object and creates others, as fast as it can.
+WRITER = """
+import itertools, sys
+from batchgen.store import connect
+folder = sys.argv[1]
+store = connect(folder)
+for i in itertools.count():
+    body = str(i % 10).encode() * 3_000_000
+    store.put(f"{folder}/put", body)
+    assert store.create(f"{folder}/created/{i:06d}", body)
+    print(i, flush=True)
+"""
+
+
+def test_a_killed_writer_leaves_whole_objects_on_disk(tmp_path: Path) -> None:
+    store, rng = connect(str(tmp_path)), random.Random(0)
+    for turn in range(5):
+        folder = f"{tmp_path}/{turn}"
+        with subprocess.Popen([sys.executable, "-c", WRITER, folder], stdout=subprocess.PIPE, text=True) as writer:
+            assert writer.stdout is not None
+            writer.stdout.readline()
+            time.sleep(rng.uniform(0, 0.1))
+            writer.kill()
+            written = writer.stdout.read().split()
+        bodies = {url: store.read(url) for url in store.find(folder)}
+        assert {len(body) for body in bodies.values()} == {3_000_000}
+        assert all(body == body[:1] * len(body) for body in bodies.values())
+        assert len(bodies) - 1 in {len(written) + 1, len(written) + 2}, "an answered create is there"
+        assert store.create(f"{folder}/created/{len(bodies) + 9:06d}", b"another writer goes on")
+        store.remove(folder)
+        assert not Path(folder).exists(), "what the killed writer left is gone too"
