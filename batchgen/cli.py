@@ -46,7 +46,7 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, package_name="batchgen")
 def main() -> None:
-    """Turn a table of prompts into a table of completions, with a target model and its EAGLE-3 draft head.
+    r"""Turn a table of prompts into a table of completions, with a target model and its EAGLE-3 draft head.
 
     \b
     batchgen plan jobs/quickstart.yaml      what would run
@@ -83,9 +83,7 @@ def submit(spec: str, overrides: tuple[str, ...], mix: bool, log_mode: Any, as_j
     from batchgen import job, terminal
 
     with terminal.Watcher(log_mode) as watcher:
-        result = job.submit(
-            loaded, mix=mix, draining=drain.requested, started=watcher.started, watch=watcher.watch
-        )
+        result = job.submit(loaded, mix=mix, draining=drain.requested, started=watcher.started, watch=watcher.watch)
     facts = result.summary.as_json() | {"output": result.output, "ran": result.tally is not None}
     click.echo(json.dumps(facts) if as_json else terminal.outcome(result))
     if result.summary.error_rate > loaded.max_error_rate:
@@ -156,7 +154,9 @@ class _Drain:
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self._requested = True
-        click.echo(f"{signal.Signals(number).name}: draining; once more ends at once (nothing journalled is lost)", err=True)
+        click.echo(
+            f"{signal.Signals(number).name}: draining; once more ends at once (nothing journalled is lost)", err=True
+        )
         signal.signal(number, signal.SIG_DFL)
 
     def requested(self) -> bool:

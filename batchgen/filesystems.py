@@ -132,6 +132,15 @@ class Disk(LocalFileSystem):  # type: ignore[misc]  # fsspec is untyped
                     infos += [] if file.name.startswith(_TEMPORARY) else [self.info(file)]
         return infos if detail else [info["name"] for info in infos]
 
+    def walk(self, path: str, *args: Any, **kwargs: Any) -> Any:
+        """What fsspec walks, but a folder that cannot be listed is an error: fsspec would leave its files out."""
+
+        def missing(error: Exception) -> None:
+            if not isinstance(error, FileNotFoundError):
+                raise error
+
+        return super().walk(path, *args, **{**kwargs, "on_error": missing})
+
 
 def gcs_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """What `gcs` is made with beside the `given` settings; gcsfs' own wait five minutes for a dead connection."""

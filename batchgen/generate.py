@@ -25,6 +25,9 @@ class Engine(Protocol):
     capacity: int
     """Requests that run at the same time; a caller keeps the engine full by holding `unfinished` at `capacity`."""
 
+    num_tokens: int
+    """Completion tokens generated so far, those of unfinished requests included."""
+
     @property
     def unfinished(self) -> int:
         """Requests submitted and not yet returned as completions."""
@@ -34,7 +37,7 @@ class Engine(Protocol):
         """Requests that took part in the last step."""
 
     def submit(self, request: Request) -> None:
-        """Queue a request. Its tokens depend on the prompt, its sampling and its noise key, not on what runs beside it."""
+        """Queue a request. Its tokens depend on its prompt, sampling and noise key, not on what runs beside it."""
 
     def step(self) -> list[Completion]:
         """Advance every running request by at least one token; return those that ended, in no particular order."""

@@ -126,7 +126,14 @@ def _add(summary: Summary, reasons: collections.Counter[str], row: dict[str, Any
             summary.skipped += 1
         return
     summary.ok += 1
-    for name in ("prompt_tokens", "completion_tokens", "target_steps", "draft_steps", "draft_tokens", "accepted_tokens"):
+    for name in (
+        "prompt_tokens",
+        "completion_tokens",
+        "target_steps",
+        "draft_steps",
+        "draft_tokens",
+        "accepted_tokens",
+    ):
         setattr(summary, name, getattr(summary, name) + (row[name] or 0))
     depths = row["accepted_per_depth"] or []
     summary.accepted_per_depth += [0] * (len(depths) - len(summary.accepted_per_depth))

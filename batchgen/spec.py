@@ -96,7 +96,9 @@ class ScreenSpec(_Part):
 class ModelSpec(_Part):
     """The target model and its draft head."""
 
-    target: Text = Field(description="Hugging Face model id or local folder; demo:smollm2-135m is small and always there.")
+    target: Text = Field(
+        description="Hugging Face model id or local folder; demo:smollm2-135m is small and always there."
+    )
     draft: Text | None = Field(default=None, description="EAGLE-3 head, as a model id or folder; null: none.")
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = Field(
         default="auto", description="Number format of the weights; auto: bfloat16 where the hardware computes it."

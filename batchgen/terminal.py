@@ -10,7 +10,7 @@ import json
 import logging
 import sys
 import time
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -70,7 +70,7 @@ class Watcher:
         )
         self._task = self._progress.add_task("", total=None, facts="")
 
-    def __enter__(self) -> Watcher:
+    def __enter__(self) -> Self:
         configure_logging(self._mode, self._console)
         return self
 
@@ -154,7 +154,7 @@ def outcome(result: Outcome) -> str:
             f"pass, by depth {depths}"
         )
     lines.append(f"output: {result.output} ({s.parts:,} part{'s' if s.parts != 1 else ''})")
-    lines.append(f'open it: python -c "import polars; print(polars.read_parquet(\'{result.output}/*.parquet\'))"')
+    lines.append(f"open it: python -c \"import polars; print(polars.read_parquet('{result.output}/*.parquet'))\"")
     return "\n".join(lines)
 
 

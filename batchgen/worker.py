@@ -1,8 +1,8 @@
 """A row's whole way on one engine: read, screen, render, generate, record, journal, and at last the part.
 
 Each step is a generator over the one before, and nothing else touches a row. The engine is kept full across shard
-borders: the next shard's rows enter while the last rows of this one still run, so that the batch drains only at the very
-end. A shard is committed once all its rows are recorded; until then they stand in its journal.
+borders: the next shard's rows enter while the last rows of this one still run, so that the batch drains only at the
+very end. A shard is committed once all its rows are recorded; until then they stand in its journal.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ class Tally:
     draft_tokens: int = 0
     accepted_tokens: int = 0
     running: int = 0
+    generated_tokens: int = 0
     generating_s: float = 0.0
 
     @property
@@ -75,8 +76,8 @@ class Tally:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Completion tokens per second of generation, None before the first."""
-        return self.completion_tokens / self.generating_s if self.generating_s else None
+        """Tokens per second of generation, those of unfinished rows included; None before the first."""
+        return self.generated_tokens / self.generating_s if self.generating_s else None
 
     @property
     def acceptance_rate(self) -> float | None:
@@ -86,8 +87,7 @@ class Tally:
     @property
     def acceptance_length(self) -> float | None:
         """Tokens per target pass, None before the first pass."""
-        num_rows = self.ok
-        return (self.completion_tokens - num_rows) / self.target_steps if self.target_steps else None
+        return (self.completion_tokens - self.ok) / self.target_steps if self.target_steps else None
 
     def count(self, completion: Completion) -> None:
         """Add one finished sample."""
@@ -210,6 +210,7 @@ class Worker:
         completions = self._engine.step()
         self.tally.generating_s += time.perf_counter() - began
         self.tally.running = self._engine.running
+        self.tally.generated_tokens = self._engine.num_tokens
         for completion in completions:
             opened, row = self._rows.pop(completion.key)  # type: ignore[call-overload]
             self.tally.count(completion)

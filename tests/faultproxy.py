@@ -116,7 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
             data = data[:half] + bytes([data[half] ^ 1]) + data[half + 1 :]
         self._answer(status, headers, data, cut=half if fault and fault.do == "truncate" else None)
 
-    do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = _pass  # noqa: N815  # the base class' names
+    do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = _pass  # the base class' names
 
     def _forward(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
         upstream = urllib.parse.urlsplit(self.faulty.upstream)

@@ -72,7 +72,7 @@ def test_imports_go_down(path):
         parts = name.split(".")
         if parts[0] == "batchgen":
             there = parts[1]
-            if there != here and there != "__version__":
+            if there not in (here, "__version__"):
                 assert FLOOR[there] < FLOOR[here], f"{path.name} (floor {FLOOR[here]}) imports {name}"
         elif parts[0] == "batchgen_kernels":
             assert FLOOR[here] > 0 or here == "batchgen_kernels"
@@ -89,9 +89,9 @@ def test_engine_and_kernels_need_torch_and_little_else(path):
     ours = {"batchgen.errors", "batchgen.generate", "batchgen.record", "batchgen.engines", "batchgen.speculation"}
     for name in imported(path):
         top = name.split(".")[0]
-        assert (
-            top in BARE | sys.stdlib_module_names or ".".join(name.split(".")[:2]) in ours
-        ), f"{path.name} imports {name}"
+        assert top in BARE | sys.stdlib_module_names or ".".join(name.split(".")[:2]) in ours, (
+            f"{path.name} imports {name}"
+        )
 
 
 def loaded(statement: str, *, without: tuple[str, ...] = ()) -> set[str]:

@@ -9,9 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import batchgen_kernels
-
 import batchgen
+import batchgen_kernels
 
 ROOT = Path(__file__).parents[1]
 

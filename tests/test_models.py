@@ -219,7 +219,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
             data = files["/".join(parts[4:])]
             self._answer(data, 200, {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha1(data).hexdigest()}"'})
 
-    do_HEAD = do_GET  # noqa: N815
+    do_HEAD = do_GET
 
     def _answer(self, body: bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
         self.send_response(status)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from batchgen.record import Request
 
-WORDS = "the a row is read and answered by nobody so that its way can be seen before any model runs on it".split()
+WORDS = ("a", "row", "is", "read", "and", "answered", "by", "nobody", "before", "any", "model", "runs", "on", "it")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class RehearsalEngine:
 
     def __init__(self, *, batch_size: int, script: Script) -> None:
         self.capacity = batch_size
-        self.running = 0
+        self.running = self.num_tokens = 0
         self._script = script
         self._waiting: deque[tuple[Request, float]] = deque()
         self._rows: list[_Running] = []
@@ -115,6 +115,7 @@ class RehearsalEngine:
             else:
                 row.num_steps += 1
             row.num_done += self._script.tokens_per_step
+            self.num_tokens += self._script.tokens_per_step
             if row.num_done >= min(len(row.token_ids), row.request.sampling.max_tokens):
                 ended.append(row)
         self._rows = [row for row in self._rows if row not in ended]

@@ -3,10 +3,10 @@
 One forward pass carries tokens of many rows side by side. A row's tokens either form a *tile* (at most 64 tree nodes,
 each with a bitmask of the nodes it may see) or a *span* (a chunk of prompt, causal). Keys and values are read from
 slot-contiguous pools, where the pass's own tokens were written beforehand. Query heads that share a key/value head are
-packed into the row dimension, so that each key is read once per group (facts: GQA packing as in FlashAttention decode).
+packed into the row dimension, so that each key is read once per group.
 
-Shape legend: N packed tokens, S slots, T tile width, L pool length, H query heads, K key/value heads, G = H // K, D head
-size.
+Shape legend: N packed tokens, S slots, T tile width, L pool length, H query heads, K key/value heads, G = H // K,
+D head size.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ class Tiles:
     mask_SxTL: float, 0 where query t of slot s may see pool column l, else -inf
     """
 
-    token_ST: torch.Tensor  # noqa: N815
-    flat_N: torch.Tensor  # noqa: N815
-    packed_N: torch.Tensor  # noqa: N815
-    mask_STL: torch.Tensor  # noqa: N815
+    token_ST: torch.Tensor
+    flat_N: torch.Tensor
+    packed_N: torch.Tensor
+    mask_STL: torch.Tensor
 
 
 def tile_mask(
-    prefix_S: torch.Tensor,  # noqa: N803
-    bits_ST: torch.Tensor,  # noqa: N803
-    position_ST: torch.Tensor,  # noqa: N803
+    prefix_S: torch.Tensor,
+    bits_ST: torch.Tensor,
+    position_ST: torch.Tensor,
     length: int,
     dtype: torch.dtype,
     window: int | None = None,
@@ -66,14 +66,14 @@ def tile_mask(
         in_prefix = in_prefix & (distance < window)
     bit = (bits_ST[:, :, None] >> column.clamp(0, MAX_NODES - 1)[:, None]) & 1
     in_tile = ((column >= 0) & (column < MAX_NODES))[:, None] & (bit == 1)
-    mask = torch.zeros(bits_ST.shape + (length,), dtype=dtype, device=prefix_S.device)
+    mask = torch.zeros((*bits_ST.shape, length), dtype=dtype, device=prefix_S.device)
     return mask.masked_fill_(~(in_prefix | in_tile), float("-inf"))
 
 
 def tree_attention(
-    q_NHD: torch.Tensor,  # noqa: N803
-    k_SKLD: torch.Tensor,  # noqa: N803
-    v_SKLD: torch.Tensor,  # noqa: N803
+    q_NHD: torch.Tensor,
+    k_SKLD: torch.Tensor,
+    v_SKLD: torch.Tensor,
     tiles: Tiles | None,
     spans: list[Span],
     scale: float,

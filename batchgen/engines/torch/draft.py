@@ -11,12 +11,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from batchgen_kernels.tree_attention import tree_attention
 from torch.nn.functional import linear, silu
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from batchgen.engines.torch.kvcache import Layout, Pool
 from batchgen.engines.torch.weights import load_head
+from batchgen_kernels.tree_attention import tree_attention
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,7 +44,8 @@ class Draft:
         self._lm_head = self._w.get("lm_head.weight", target.lm_head.weight)
         self._target_ids = None if head.target_ids is None else head.target_ids.to(self.device)
         layer = self.config.layer
-        self._heads, self._kv_heads = layer.num_attention_heads, layer.num_key_value_heads
+        self._heads = layer.num_attention_heads
+        self._kv_heads = layer.num_key_value_heads or self._heads
         self._head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // self._heads
         self._rotary = LlamaRotaryEmbedding(layer).to(self.device)
         if self.config.aux_layers:
@@ -109,9 +110,7 @@ class Draft:
         q, k = apply_rotary_pos_emb(q[None], k[None], cos, sin, unsqueeze_dim=2)
         pool.write(layer, k[0], v, layout)
         scale = self._head_dim**-0.5
-        out = tree_attention(
-            q[0], pool.k[layer], pool.v[layer], layout.tiles, layout.spans, scale, self.config.window
-        )
+        out = tree_attention(q[0], pool.k[layer], pool.v[layer], layout.tiles, layout.spans, scale, self.config.window)
         return self._project(out.reshape(num_tokens, -1), f"{prefix}.o_proj")
 
     def _mlp(self, layer: int, x: torch.Tensor) -> torch.Tensor:

@@ -2,8 +2,7 @@
 
 Per row, between steps: `tokens` holds prompt and output; the last token is the *root*, sampled but not yet seen by the
 target. The target's pool holds positions 0 .. len(tokens) - 2. The draft's pool holds its first `draft_len` slots, and
-`features` the target features of the slots from there up to the root's, which the next step writes (`Draft.forward` over
-true features) before it drafts.
+`features` the target features of the slots from there up to the root's, which the next step writes before it drafts.
 """
 
 from __future__ import annotations
@@ -14,19 +13,18 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 import torch
-from batchgen_kernels.tree_attention import Span
 
 from batchgen.engines.torch import forest, verify
-from batchgen.engines.torch.draft import Draft
 from batchgen.engines.torch.kvcache import Layout, Tile
-from batchgen.engines.torch.target import Target
 from batchgen.generate import first_stop
 from batchgen.record import Acceptance, Completion
+from batchgen_kernels.tree_attention import Span
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
+    from batchgen.engines.torch.draft import Draft
+    from batchgen.engines.torch.target import Target
     from batchgen.record import FinishReason, Request
 
 # Prompt tokens of one packed prefill pass: enough to be compute-bound, few enough to bound its activations.
@@ -86,7 +84,7 @@ class TorchEngine:
         self._memory_bytes = memory_bytes if memory_bytes is not None else int(0.6 * free_bytes(target.device))
         self._waiting: deque[tuple[Request, float]] = deque()
         self._rows: list[_Running] = []
-        self.running = 0
+        self.running = self.num_tokens = 0
 
     @property
     def unfinished(self) -> int:
@@ -172,7 +170,9 @@ class TorchEngine:
             self._prefill_pass(spans)
 
     def _prefill_pass(self, spans: list[Span]) -> None:
-        token_ids = self._ids([t for s in spans for t in self._rows[s.slot].tokens[s.prefix : s.prefix + s.stop - s.start]])
+        token_ids = self._ids(
+            [t for s in spans for t in self._rows[s.slot].tokens[s.prefix : s.prefix + s.stop - s.start]]
+        )
         final, captured = self._target.forward(token_ids, self._layout([], spans), self._pool)
         ends = [s for s in spans if s.prefix + s.stop - s.start == len(self._rows[s.slot].tokens)]
         if ends:
@@ -187,7 +187,10 @@ class TorchEngine:
 
     def _prefill_draft(self, draft: Draft, spans: list[Span], features: torch.Tensor) -> None:
         """Write the draft slots whose next token the prompt tells; the last one waits for the first sampled token."""
-        known, kept, next_tokens, at = [], 0, [], []
+        known: list[Span] = []
+        next_tokens: list[int] = []
+        at: list[int] = []
+        kept = 0
         for span in spans:
             row, end = self._rows[span.slot], span.prefix + span.stop - span.start
             num = span.stop - span.start
@@ -209,7 +212,9 @@ class TorchEngine:
         rows = self._rows
         roots = [row.tokens[-1] for row in rows]
         trees = self._grow(self._draft, roots) if self._draft is not None else forest.root_only(roots)
-        starts, tiles, token_ids = [], [], []
+        starts: list[int] = []
+        tiles: list[Tile] = []
+        token_ids: list[int] = []
         for slot, (row, tree) in enumerate(zip(rows, trees, strict=True)):
             prefix = len(row.tokens) - 1
             starts.append(len(token_ids))
@@ -231,7 +236,10 @@ class TorchEngine:
         """Catch the draft up on true features, then let it draft."""
         assert self._draft_pool is not None
         assert self._tree is not None
-        tiles, next_tokens, features, last = [], [], [], []
+        tiles: list[Tile] = []
+        next_tokens: list[int] = []
+        features: list[torch.Tensor] = []
+        last: list[int] = []
         for slot, row in enumerate(self._rows):
             assert row.features is not None
             num = row.features.shape[0]
@@ -272,7 +280,7 @@ class TorchEngine:
         if self._draft is not None:
             at = torch.tensor(seen, device=final.device)
             fused = self._draft.fuse(final[at], None if captured is None else captured[at])
-            for row, features in zip(self._rows, fused.split([len(w.path) + 1 for w in walks]), strict=True):
+            for row, features in zip(self._rows, torch.split(fused, [len(w.path) + 1 for w in walks]), strict=True):
                 row.features = features
         for row, tree, walked in zip(self._rows, trees, walks, strict=True):
             stats, num_drafted = row.acceptance, len(tree.tokens) - 1
@@ -289,9 +297,12 @@ class TorchEngine:
         sampling = row.request.sampling
         for i, token in enumerate(tokens, 1):
             row.tokens.append(token)
-            if token in self._target.eos_token_ids or token in sampling.stop_token_ids:
-                row.finish = "stop"
-            elif sampling.stop and self._stop_string_ends(row):
+            self.num_tokens += 1
+            if (
+                token in self._target.eos_token_ids
+                or token in sampling.stop_token_ids
+                or (sampling.stop and self._stop_string_ends(row))
+            ):
                 row.finish = "stop"
             elif len(row.tokens) >= row.limit:
                 row.finish = "length"

@@ -13,9 +13,9 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
-from batchgen_kernels.tree_attention import MAX_NODES
 
 from batchgen.engines.torch.kvcache import Layout, Pool, Tile
+from batchgen_kernels.tree_attention import MAX_NODES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,7 +58,7 @@ class RowTree:
 
 @dataclasses.dataclass(slots=True)
 class _Candidates:
-    """Every drafted node so far, [B, P] each, in level order; `parent` indexes candidates, P for children of the root."""
+    """Every drafted node so far, [B, P] each, in level order; `parent` is a candidate, or -1 under the root."""
 
     score: torch.Tensor
     token: torch.Tensor

@@ -11,6 +11,7 @@ import dataclasses
 
 import numpy as np
 import torch
+
 from batchgen_kernels.tree_attention import MAX_NODES, Span, Tiles, tile_mask
 
 
@@ -51,7 +52,7 @@ class Pool:
             setattr(self, name, grown)
         self.length = new_length
 
-    def write(self, layer: int, k_NKD: torch.Tensor, v_NKD: torch.Tensor, layout: Layout) -> None:  # noqa: N803
+    def write(self, layer: int, k_NKD: torch.Tensor, v_NKD: torch.Tensor, layout: Layout) -> None:
         """Scatter a pass's keys and values to their slots and pool positions, in place."""
         self.k[layer][layout.slot_N, :, layout.pool_position_N] = k_NKD
         self.v[layer][layout.slot_N, :, layout.pool_position_N] = v_NKD
@@ -87,9 +88,9 @@ class Tile:
 class Layout:
     """Where a pass's packed tokens stand: rotary position, slot and pool position of each, and who sees whom."""
 
-    position_N: torch.Tensor  # noqa: N815
-    slot_N: torch.Tensor  # noqa: N815
-    pool_position_N: torch.Tensor  # noqa: N815
+    position_N: torch.Tensor
+    slot_N: torch.Tensor
+    pool_position_N: torch.Tensor
     tiles: Tiles | None
     spans: list[Span]
     pool_length: int
@@ -140,7 +141,7 @@ def _pad(tiles: list[Tile], dtype: torch.dtype, tensor: object, window: int | No
     packed: list[np.ndarray] = []
     for tile in tiles:
         n = len(tile.bits)
-        assert n <= MAX_NODES and max(tile.columns) < MAX_NODES, "a tile holds at most 64 nodes"
+        assert max(n - 1, *tile.columns) < MAX_NODES, "a tile holds at most 64 nodes"
         token[tile.slot, :n] = np.arange(tile.start, tile.start + n)
         # Bit 63 is the sign bit of int64: the value wraps, the shift in `tile_mask` reads it back.
         bits[tile.slot, :n] = np.array(tile.bits, np.uint64).view(np.int64)

@@ -11,13 +11,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from batchgen_kernels.tree_attention import tree_attention
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.cache_utils import Cache
 from transformers.utils.logging import disable_progress_bar
 
 from batchgen.engines.torch.kvcache import Layout, Pool
 from batchgen.errors import ModelError
+from batchgen_kernels.tree_attention import tree_attention
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,9 +59,7 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    out = tree_attention(
-        query[0].transpose(0, 1), pool.k[layer], pool.v[layer], layout.tiles, layout.spans, scaling
-    )
+    out = tree_attention(query[0].transpose(0, 1), pool.k[layer], pool.v[layer], layout.tiles, layout.spans, scaling)
     return out[None], None
 
 
@@ -79,8 +77,8 @@ class Target:
     def __init__(self, path: Path, dtype: torch.dtype, device: torch.device) -> None:
         config = AutoConfig.from_pretrained(path)
         _refuse_unsupported(config, path)
-        disable_progress_bar()  # the job shows its own progress
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=_ATTENTION)
+        disable_progress_bar()  # type: ignore[no-untyped-call]  # the job shows its own progress
+        self.model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=_ATTENTION)
         self.model.to(device).eval()
         self.config = self.model.config
         self.dtype, self.device = dtype, device

@@ -1,8 +1,8 @@
 """Exact verification: sample from the target at a node, follow the child that carries that token, else stop.
 
-The stream of tokens is literally plain sampling from the target's processed distribution, whatever the tree, because the
-tree was chosen without looking at the noise and siblings are distinct. The noise is Gumbel, keyed by (job seed, row,
-sample, output position), so that the tokens are the same with any tree or none. Temperature 0 is the argmax.
+The stream of tokens is literally plain sampling from the target's processed distribution, whatever the tree, because
+the tree was chosen without looking at the noise and siblings are distinct. The noise is Gumbel, keyed by (job seed,
+row, sample, output position), so that the tokens are the same with any tree or none. Temperature 0 is the argmax.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+
 from batchgen_kernels.gumbel import gumbel_noise
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class Draw(NamedTuple):
 
 
 class Walk(NamedTuple):
-    """What one step gives a row: the accepted nodes from depth 1 on, and all new tokens (accepted ones and one more)."""
+    """What one step gives a row: the accepted nodes from depth 1 on, and their tokens with one more."""
 
     path: list[int]
     tokens: list[int]

@@ -19,7 +19,7 @@ from transformers import LlamaConfig
 from batchgen.errors import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 log = logging.getLogger("batchgen.engines.torch")
@@ -154,29 +154,43 @@ def _aux_layers(
 
 
 def _check_fit(head: Head, path: Path, num_layers: int, hidden_size: int, vocab_size: int) -> None:
+    problems = [
+        *_misfits(head, num_layers, hidden_size, vocab_size),
+        *_vocabulary_misfits(head, vocab_size),
+        *_missing(head),
+    ]
+    if problems:
+        raise ModelError(f"{path}: the head does not fit the target: {'; '.join(problems)}")
+
+
+def _misfits(head: Head, num_layers: int, hidden_size: int, vocab_size: int) -> Iterator[str]:
     config, tensors = head.config, head.tensors
-    problems = []
     if config.target_hidden_size != hidden_size:
-        problems.append(f"it reads hidden states of size {config.target_hidden_size}, the target has {hidden_size}")
-    if config.aux_layers and (max(config.aux_layers) > num_layers or min(config.aux_layers) < 0):
-        problems.append(f"it reads layers {config.aux_layers}, the target has {num_layers}")
+        yield f"it reads hidden states of size {config.target_hidden_size}, the target has {hidden_size}"
+    if config.aux_layers and max(config.aux_layers) > num_layers:
+        yield f"it reads layers {config.aux_layers}, the target has {num_layers}"
     if config.layer.vocab_size != vocab_size:
-        problems.append(f"its vocabulary has {config.layer.vocab_size} tokens, the target's {vocab_size}")
-    if config.aux_layers and "fc.weight" in tensors:
-        expected = len(config.aux_layers) * config.target_hidden_size
-        if tensors["fc.weight"].shape[1] != expected:
-            found = tensors["fc.weight"].shape[1]
-            problems.append(f"fc.weight takes {found} features, {len(config.aux_layers)} layers give {expected}")
-    if head.target_ids is not None:
-        ids = head.target_ids
-        if len(ids) != config.draft_vocab_size or ids.min() < 0 or ids.max() >= vocab_size or len(ids.unique()) < len(ids):
-            problems.append(f"d2t does not map its {config.draft_vocab_size} draft tokens to distinct target tokens")
-    elif config.draft_vocab_size != vocab_size:
-        problems.append(f"it has {config.draft_vocab_size} draft tokens but no d2t, the target has {vocab_size} tokens")
+        yield f"its vocabulary has {config.layer.vocab_size} tokens, the target's {vocab_size}"
+    expected = len(config.aux_layers) * config.target_hidden_size
+    if config.aux_layers and "fc.weight" in tensors and tensors["fc.weight"].shape[1] != expected:
+        found = tensors["fc.weight"].shape[1]
+        yield f"fc.weight takes {found} features, {len(config.aux_layers)} layers give {expected}"
     if "embed_tokens.weight" not in tensors and config.layer.hidden_size != hidden_size:
-        problems.append(
-            f"it brings no embedding and is {config.layer.hidden_size} wide, the target's embedding is {hidden_size}"
-        )
+        width = config.layer.hidden_size
+        yield f"it brings no embedding and is {width} wide, the target's embedding is {hidden_size}"
+
+
+def _vocabulary_misfits(head: Head, vocab_size: int) -> Iterator[str]:
+    ids, num_drafts = head.target_ids, head.config.draft_vocab_size
+    if ids is None:
+        if num_drafts != vocab_size:
+            yield f"it has {num_drafts} draft tokens but no d2t, the target has {vocab_size} tokens"
+    elif len(ids) != num_drafts or ids.min() < 0 or ids.max() >= vocab_size or len(set(ids.tolist())) < len(ids):
+        yield f"d2t does not map its {num_drafts} draft tokens to distinct target tokens"
+
+
+def _missing(head: Head) -> Iterator[str]:
+    config = head.config
     needed = ["norm.weight", "layers.0.self_attn.q_proj.weight", "layers.0.hidden_norm.weight"]
     if config.aux_layers:
         needed.append("fc.weight")
@@ -184,8 +198,6 @@ def _check_fit(head: Head, path: Path, num_layers: int, hidden_size: int, vocab_
         needed.append("input_norm.weight")
     if config.fc_norm:
         needed += [f"fc_norm.{i}.weight" for i in range(len(config.aux_layers))]
-    missing = [name for name in needed if name not in tensors]
+    missing = [name for name in needed if name not in head.tensors]
     if missing:
-        problems.append(f"tensors are missing: {', '.join(missing)}")
-    if problems:
-        raise ModelError(f"{path}: the head does not fit the target: {'; '.join(problems)}")
+        yield f"tensors are missing: {', '.join(missing)}"

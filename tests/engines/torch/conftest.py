@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow.parquet as pq
 import pytest
@@ -12,9 +13,11 @@ from transformers import AutoTokenizer
 from batchgen import models
 from batchgen.engines.torch.draft import Draft
 from batchgen.engines.torch.engine import TorchEngine
-from batchgen.engines.torch.forest import Shape
 from batchgen.engines.torch.target import Target
 from batchgen.record import Completion, Request, Sampling
+
+if TYPE_CHECKING:
+    from batchgen.engines.torch.forest import Shape
 
 ROOT = Path(__file__).parents[3]
 HEAD = ROOT / "examples/smollm2"
@@ -39,11 +42,15 @@ class Bench:
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def target(self) -> Target:
-        return Target(self.path, torch.float32, torch.device("cpu"))
-
-    def engine(self, tree: Shape | None, batch_size: int = 64, head: Path = HEAD, kind: type = TorchEngine):
-        target = self.target()
+    def engine(
+        self,
+        tree: Shape | None,
+        batch_size: int = 64,
+        head: Path = HEAD,
+        kind: type = TorchEngine,
+        dtype: torch.dtype = torch.float32,
+    ) -> TorchEngine:
+        target = Target(self.path, dtype, torch.device("cpu"))
         draft = Draft(head, target) if tree else None
         return kind(target, draft, decode=self.decode, batch_size=batch_size, tree=tree)
 

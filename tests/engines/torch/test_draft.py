@@ -95,7 +95,9 @@ def check_against_reference(bench, hidden_states, head: Path, flags: dict[str, b
     return compared
 
 
-@pytest.mark.parametrize("values", list(itertools.product((False, True), repeat=4)), ids=lambda v: "".join("ft"[x] for x in v))
+@pytest.mark.parametrize(
+    "values", list(itertools.product((False, True), repeat=4)), ids=lambda v: "".join("ft"[x] for x in v)
+)
 def test_drafts_of_a_speculators_head_equal_the_reference(bench, hidden_states, tmp_path, values):
     flags = dict(zip(FLAGS, values, strict=True))
     head = write_head(tmp_path / "head", "speculators", flags)

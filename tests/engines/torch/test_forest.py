@@ -18,7 +18,11 @@ def candidates(draw):
     steps = st.sampled_from([0.0, 0.0, -0.5, -1.0])  # zeros: a child that ties with its parent
     columns: dict[str, list] = {"score": [], "token": [], "parent": [], "depth": []}
     for _ in range(rows):
-        score, parent, depth = [sorted((draw(steps) for _ in range(width)), reverse=True)], [[-1] * width], [[1] * width]
+        score, parent, depth = (
+            [sorted((draw(steps) for _ in range(width)), reverse=True)],
+            [[-1] * width],
+            [[1] * width],
+        )
         beam, offset = list(range(width)), 0
         for level in range(2, levels + 1):
             flat = [s for part in score for s in part]

@@ -8,7 +8,6 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from batchgen_kernels.gumbel import gumbel_noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare, kstest
@@ -16,6 +15,7 @@ from scipy.stats import chisquare, kstest
 from batchgen.engines.torch import verify
 from batchgen.engines.torch.forest import RowTree
 from batchgen.record import Sampling
+from batchgen_kernels.gumbel import gumbel_noise
 
 
 def tree_of(parents: list[int], tokens: list[int]) -> RowTree:
