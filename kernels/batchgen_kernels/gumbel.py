@@ -3,7 +3,7 @@
 Adding it to log-probabilities and taking the argmax draws from the distribution (Gumbel-max). Because the noise is a
 pure function of its key, a row's tokens are the same with and without speculation, in any batch, on any worker and
 after a resume. Counter-based like Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), with two
-rounds of the 32-bit finaliser of MurmurHash3 instead of Philox: no state, no order of draws, and few integer operations.
+rounds of the 32-bit finaliser of MurmurHash3 instead of Philox: no state, no order of draws, few integer operations.
 """
 
 from __future__ import annotations

@@ -78,13 +78,13 @@ class Target:
         config = AutoConfig.from_pretrained(path)
         _refuse_unsupported(config, path)
         disable_progress_bar()  # type: ignore[no-untyped-call]  # the job shows its own progress
-        self.model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=_ATTENTION)
-        self.model.to(device).eval()
-        self.config = self.model.config
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=_ATTENTION)
+        model.to(device).eval()
+        self.config = model.config
         self.dtype, self.device = dtype, device
-        self.decoder = self.model.get_decoder()
-        self.lm_head = self.model.get_output_embeddings()
-        self.embedding: torch.Tensor = self.model.get_input_embeddings().weight
+        self.decoder = model.get_decoder()
+        self.lm_head = model.get_output_embeddings()
+        self.embedding: torch.Tensor = model.get_input_embeddings().weight
         self.num_layers = int(config.num_hidden_layers)
         self.max_tokens = int(config.max_position_embeddings)
         self.eos_token_ids = _eos_token_ids(path, config)
