@@ -54,8 +54,7 @@ class Draft:
         self._kv_heads = layer.num_key_value_heads or self._heads
         self._head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // self._heads
         self._rotary = LlamaRotaryEmbedding(layer).to(self.device)
-        if self.config.aux_layers:
-            target.capture(self.config.aux_layers)
+        target.capture(self.config.aux_layers)
 
     def pool(self, slots: int) -> Pool:
         """An empty KV pool for the head's layers."""

@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from batchgen.engines.torch.target import Target
     from batchgen.record import FinishReason, Request
 
-# Prompt tokens of one packed prefill pass: enough to be compute-bound, few enough to bound its activations.
-PREFILL_TOKENS = 1024
-
 
 @dataclasses.dataclass(slots=True)
 class _Running:
@@ -60,7 +57,8 @@ class TorchEngine:
     """The `generate.Engine` of kind torch.
 
     `decode` turns token ids into text without special tokens. `tree` None decodes plainly, head or no head.
-    `memory_bytes` bounds the KV pools; None means 60 % of what the machine or device has free.
+    `memory_bytes` bounds the KV pools; None means 60 % of what the machine or device has free. `prefill_tokens` prompt
+    tokens make a pass: enough to be compute-bound, few enough to bound its activations.
     """
 
     name = "torch"
@@ -74,6 +72,7 @@ class TorchEngine:
         batch_size: int,
         tree: forest.Shape | None = None,
         memory_bytes: int | None = None,
+        prefill_tokens: int = 1024,
     ) -> None:
         self.capacity = batch_size
         self._target, self._decode = target, decode
@@ -81,6 +80,7 @@ class TorchEngine:
         self._draft = draft if tree is not None else None
         self._draft_pool = draft.pool(batch_size) if draft is not None else None
         self._tree = tree
+        self._prefill_tokens = prefill_tokens
         self._memory_bytes = memory_bytes if memory_bytes is not None else int(0.6 * free_bytes(target.device))
         self._waiting: deque[tuple[Request, float]] = deque()
         self._rows: list[_Running] = []
@@ -160,9 +160,9 @@ class TorchEngine:
         while todo:
             spans: list[Span] = []
             packed = 0
-            while todo and packed < PREFILL_TOKENS:
+            while todo and packed < self._prefill_tokens:
                 slot, begin = todo.popleft()
-                end = min(len(self._rows[slot].tokens), begin + PREFILL_TOKENS - packed)
+                end = min(len(self._rows[slot].tokens), begin + self._prefill_tokens - packed)
                 spans.append(Span(packed, packed + end - begin, slot, begin))
                 packed += end - begin
                 if end < len(self._rows[slot].tokens):

@@ -91,6 +91,7 @@ class Target:
         self.max_tokens = int(config.max_position_embeddings)
         self.eos_token_ids = _eos_token_ids(path, config)
         self._captured: dict[int, torch.Tensor] = {}
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def pool(self, slots: int) -> Pool:
         """An empty KV pool for this model."""
@@ -100,10 +101,11 @@ class Target:
         return Pool(self.num_layers, slots, kv_heads, head_dim, self.dtype, self.device)
 
     def capture(self, layers: Sequence[int]) -> None:
-        """From now on `forward` also returns the residual stream after each of `layers` decoder layers."""
+        """From now on `forward` also returns the residual stream after exactly these decoder layers."""
+        for hook in self._hooks:
+            hook.remove()
         stops = [*self.decoder.layers, self.decoder.norm]
-        for layer in layers:
-            stops[layer].register_forward_pre_hook(self._hook(layer), with_kwargs=True)
+        self._hooks = [stops[n].register_forward_pre_hook(self._hook(n), with_kwargs=True) for n in layers]
 
     def _hook(self, layer: int) -> Any:
         def keep(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

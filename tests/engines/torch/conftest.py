@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,10 @@ class Bench:
     def encode(self, messages: list[dict[str, str]]) -> list[int]:
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
+    @functools.cache  # noqa: B019  # lives as long as the session
+    def target(self, dtype: torch.dtype) -> Target:
+        return Target(self.path, dtype, torch.device("cpu"))
+
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
@@ -49,10 +54,11 @@ class Bench:
         head: Path = HEAD,
         kind: type = TorchEngine,
         dtype: torch.dtype = torch.float32,
+        **options: int,
     ) -> TorchEngine:
-        target = Target(self.path, dtype, torch.device("cpu"))
+        target = self.target(dtype)
         draft = Draft(head, target) if tree else None
-        return kind(target, draft, decode=self.decode, batch_size=batch_size, tree=tree)
+        return kind(target, draft, decode=self.decode, batch_size=batch_size, tree=tree, **options)
 
     def run(self, engine: TorchEngine, prompts: list[list[int]], *samplings: Sampling) -> list[Completion]:
         """Completions of every prompt under every sampling, prompts first, in order."""
