@@ -17,7 +17,21 @@ from typing import TYPE_CHECKING, Any
 
 import platformdirs
 
-from batchgen import cluster, engines, models, plan, provenance, read, record, render, report, screen, status, write
+from batchgen import (
+    cluster,
+    engines,
+    journal,
+    models,
+    plan,
+    provenance,
+    read,
+    record,
+    render,
+    report,
+    screen,
+    status,
+    write,
+)
 from batchgen.errors import OutputConflictError, ReconciliationError
 from batchgen.speculation import costs
 from batchgen.store import STATE_FOLDER, connect
@@ -65,6 +79,25 @@ class Job:
         return self.spec.output.path.rstrip("/")
 
     @functools.cached_property
+    def facts(self) -> dict[str, str]:
+        """What makes the rows, for job.json, parts and summary; nothing secret."""
+        facts = {
+            "job": self.spec.name,
+            "fingerprint": self.plan.fingerprint,
+            "target": self.spec.model.target,
+            "target_identity": self.target.identity if self.target else "none",
+            "draft": self.spec.model.draft or "none",
+            "draft_identity": self.draft.identity if self.draft else "none",
+            "engine": self.spec.engine.kind,
+            "dtype": self.dtype,
+            "machine": provenance.machine(engines.device(self.spec)),
+        }
+        checkout = provenance.commit()
+        if checkout is not None:
+            facts["commit"] = checkout
+        return facts | {f"version_{name}": version for name, version in provenance.versions().items()}
+
+    @functools.cached_property
     def todo(self) -> list[Shard]:
         """Shards without a part, in input order."""
         done = write.parts(self.sink, self.output)
@@ -100,8 +133,8 @@ class Outcome:
     output: str
 
 
-def prepare(spec: Spec) -> Job:
-    """Find everything that `spec` names and plan the job.
+def prepare(spec: Spec, *, weights: bool = True) -> Job:
+    """Find everything that `spec` names and plan the job; without `weights`, models on the Hub are only looked up.
 
     Raises:
         InputError, ModelError, StoreError: something it names is missing or does not fit.
@@ -113,8 +146,8 @@ def prepare(spec: Spec) -> Job:
     if spec.engine.kind == "rehearsal":
         renderer = render.PlainRenderer(max_prompt_tokens=spec.screen.max_prompt_tokens)
     else:
-        target = models.fetch(spec.model.target)
-        draft = models.fetch(spec.model.draft) if spec.model.draft else None
+        target = models.fetch(spec.model.target, weights=weights)
+        draft = models.fetch(spec.model.draft, weights=weights) if spec.model.draft else None
         renderer = render.Renderer(
             target.path, special_tokens=spec.screen.special_tokens, max_prompt_tokens=spec.screen.max_prompt_tokens
         )
@@ -130,6 +163,7 @@ def prepare(spec: Spec) -> Job:
         id=spec.input.id,
         keep=spec.input.keep,
         sampling=spec.input.sampling,
+        root=plan.root(source, spec.input.path, made),
     )
     kept = plan.kept_fields(made, lambda schema, file: read.check_columns(schema, columns, file))
     s = spec.sampling
@@ -168,6 +202,7 @@ def submit(
     _own_output(job, [f"{field.name}: {field.type}" for field in schema], mix=mix)
     started(job)
     tally = None
+    journal.sweep(job.sink, job.output, {shard.key for shard in job.plan.shards} - {shard.key for shard in job.todo})
     if job.todo:
         task = Task(
             source=job.source,
@@ -178,7 +213,7 @@ def submit(
             sampling=job.sampling,
             journal_rows=spec.checkpoint.journal_rows,
             journal_seconds=spec.checkpoint.journal_seconds,
-            metadata=_facts(job),
+            metadata=job.facts,
             min_acceptance=spec.speculation.min_acceptance,
             below_min=spec.speculation.below_min,
         )
@@ -186,8 +221,9 @@ def submit(
         tally = cluster.run(task, job.todo, engine, job.renderer, draining=draining, watch=watch)
         _remember_cost(job, tally)
     summary = report.summarise(job.sink, job.output, job.plan, job.sampling.n)
-    if tally is not None or report.load(job.sink, job.output) is None:
-        report.save(job.sink, job.output, summary, _facts(job) | {"tokens_per_s": tally and tally.tokens_per_s})
+    stored = report.load(job.sink, job.output) or {}
+    if any(stored.get(name) != value for name, value in summary.as_json().items()):
+        report.save(job.sink, job.output, summary, job.facts | {"tokens_per_s": tally and tally.tokens_per_s})
     if summary.problems:
         raise ReconciliationError(f"{job.output}: " + "; ".join(summary.problems))
     return Outcome(summary, tally, job.output)
@@ -195,7 +231,7 @@ def submit(
 
 def survey(spec: Spec) -> Survey:
     """What a submit would do: footers of all files, and the first rows of shards spread over what is left."""
-    job = prepare(spec)
+    job = prepare(spec, weights=False)
     todo = job.todo
     prompt_tokens: list[int] = []
     verdicts: dict[str, int] = {}
@@ -230,7 +266,7 @@ def survey(spec: Spec) -> Survey:
 
 def progress(spec: Spec) -> Status:
     """How far the job is, from files alone."""
-    job = prepare(spec)
+    job = prepare(spec, weights=False)
     return status.status(job.sink, job.output, job.plan, job.sampling.n)
 
 
@@ -246,27 +282,47 @@ def _sample(job: Job, shards: list[Shard]) -> list[Row]:
 
 
 def _own_output(job: Job, columns: list[str], *, mix: bool) -> None:
-    """Claim the output folder for this fingerprint, or see that it is ours already."""
+    """Claim the output folder for this job, or see that it is ours already; refuse what would put a row there twice."""
     url = f"{job.output}/{JOB}"
-    mine = {"fingerprint": job.plan.fingerprint, "columns": columns} | _facts(job)
-    text = json.dumps(mine | {"spec": _public(job.spec)}, indent=2).encode()
-    if job.sink.create(url, text):
+    mine = {"fingerprint": job.plan.fingerprint, "columns": columns, "rows_per_part": job.spec.checkpoint.rows_per_part}
+    text = json.dumps(mine | job.facts | {"spec": _public(job.spec)}, indent=2).encode()
+    theirs: dict[str, Any] = mine if job.sink.create(url, text) else json.loads(job.sink.read(url))
+    empty = not write.parts(job.sink, job.output) and not any(journal.pending(job.sink, job.output).values())
+    if empty and any(theirs.get(name) != value for name, value in mine.items()):
+        job.sink.put(url, text)  # a submit that never finished a row holds nothing
         return
-    theirs = json.loads(job.sink.read(url))
-    if theirs["columns"] != columns:
+    elsewhere = "choose another output.path"
+    if theirs.get("columns") != columns:
+        found = ", ".join(sorted(set(theirs.get("columns", ())) ^ set(columns))) or "their order"
+        raise OutputConflictError(f"{job.output}: its parts have other columns than this job's ({found}); {elsewhere}")
+    if theirs.get("fingerprint") != mine["fingerprint"]:
+        if mix:
+            return
         raise OutputConflictError(
-            f"{job.output}: holds parts with other columns than this job would write ({_difference(theirs, columns)}); "
-            f"choose another output.path"
+            f"{job.output}: holds rows of another job, which differs in {_difference(theirs, job)}; {elsewhere}, or "
+            f"--mix to keep both in one folder"
         )
-    if theirs["fingerprint"] != mine["fingerprint"] and not mix:
+    if theirs.get("rows_per_part") != mine["rows_per_part"]:
+        found, wanted = theirs.get("rows_per_part"), mine["rows_per_part"]
         raise OutputConflictError(
-            f"{job.output}: holds rows of another model, sampling or screening (fingerprint {theirs['fingerprint']}, "
-            f"this job has {mine['fingerprint']}); choose another output.path, or --mix to keep both in one folder"
+            f"{job.output}: its parts hold {found} rows each; checkpoint.rows_per_part {wanted} would write "
+            f"the same rows again; keep {found}, or {elsewhere}"
+        )
+    doubled = plan.strangers(job.sink, write.parts(job.sink, job.output), job.plan)
+    if doubled:
+        raise OutputConflictError(
+            f"{job.output}: {len(doubled)} parts could hold rows that this job would write again: "
+            f"{'; '.join(doubled[:3])}; remove them, or {elsewhere}"
         )
 
 
-def _difference(theirs: dict[str, Any], columns: list[str]) -> str:
-    return ", ".join(sorted(set(theirs["columns"]) ^ set(columns)))
+def _difference(theirs: dict[str, Any], job: Job) -> str:
+    """What makes the fingerprints of two jobs differ, for people."""
+    before, now = theirs.get("spec", {}), _public(job.spec)
+    differs = [f"{name} ({theirs.get(name)}, now {job.facts[name]})" for name in ("target_identity", "dtype", "engine")
+               if theirs.get(name) != job.facts[name]]  # fmt: skip
+    differs += [name for name in ("sampling", "screen", "input") if before.get(name) != now[name]]
+    return ", ".join(differs) or "the chat template"
 
 
 def _public(spec: Spec) -> dict[str, Any]:
@@ -277,37 +333,22 @@ def _public(spec: Spec) -> dict[str, Any]:
     return shown
 
 
-def _facts(job: Job) -> dict[str, str]:
-    facts = {
-        "job": job.spec.name,
-        "fingerprint": job.plan.fingerprint,
-        "target": job.spec.model.target,
-        "target_identity": job.target.identity if job.target else "none",
-        "draft": job.spec.model.draft or "none",
-        "draft_identity": job.draft.identity if job.draft else "none",
-        "engine": job.spec.engine.kind,
-        "dtype": job.dtype,
-        "machine": provenance.machine(engines.device(job.spec)),
-    }
-    checkout = provenance.commit()
-    if checkout is not None:
-        facts["commit"] = checkout
-    return facts | {f"version_{name}": version for name, version in provenance.versions().items()}
-
-
 def _costs_folder() -> Path:
     return Path(platformdirs.user_cache_dir("batchgen")) / "costs"
 
 
 def _cost_key(job: Job) -> str:
-    facts = _facts(job)
     names = ("machine", "target_identity", "draft_identity", "engine", "dtype", "version_batchgen")
-    tree = job.spec.speculation.model_dump_json(include={"tree"})
-    return "|".join([*(facts[name] for name in names), tree, str(job.spec.batch_size)])
+    settings = (job.spec.speculation.tree, job.spec.batch_size, job.sampling.max_tokens, job.sampling.temperature)
+    return "|".join([*(job.facts[name] for name in names), *map(str, settings)])
 
 
 def _remember_cost(job: Job, tally: Tally) -> None:
     if tally.ok >= MEASURED_ROWS and tally.tokens_per_s:
         cost = costs.Cost(tally.tokens_per_s, tally.completion_tokens / tally.ok, tally.ok)
-        costs.save(_costs_folder(), _cost_key(job), cost)
-        log.info("measured %.0f tokens/s; `batchgen plan` estimates from it", tally.tokens_per_s)
+        try:
+            costs.save(_costs_folder(), _cost_key(job), cost)
+        except OSError as error:  # a read-only home costs an estimate, not a job
+            log.info("measured %.0f tokens/s, not kept for `batchgen plan`: %s", tally.tokens_per_s, error)
+        else:
+            log.info("measured %.0f tokens/s; `batchgen plan` estimates from it", tally.tokens_per_s)

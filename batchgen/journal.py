@@ -169,6 +169,12 @@ def pending(store: Store, output_url: str) -> dict[str, int]:
     return rows
 
 
+def sweep(store: Store, output_url: str, keys: set[str]) -> None:
+    """Remove the journals of the shards `keys`: their parts stand, a run died before it cleared up."""
+    for name in {url.split("/")[-2] for url in store.find(_folder(output_url))} & keys:
+        store.remove(_folder(output_url, name))
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Claim:
     """The claim with one number, and the segments that it takes over."""

@@ -54,11 +54,12 @@ class Model:
     ref: str
 
 
-def fetch(ref: str, *, cache: Path | None = None) -> Model:
+def fetch(ref: str, *, cache: Path | None = None, weights: bool = True) -> Model:
     """The model that `ref` names, downloaded (and for a demo converted) unless it is on this machine already.
 
     `ref` is a directory (which wins over a Hub id of the same spelling), `org/name` or `org/name@revision` on the
     Hugging Face Hub, or `demo:<name>`. `cache` replaces both the Hub's own cache and the user's cache directory.
+    Without `weights` a Hub model is the same, but only its configuration and tokenizer need be on disk.
 
     Raises:
         ModelError: nothing by that name, no way to get it, or a directory that holds no model.
@@ -75,7 +76,7 @@ def fetch(ref: str, *, cache: Path | None = None) -> Model:
     hub_id = _HUB_ID.fullmatch(ref)
     if hub_id is None or found != "no such directory":
         raise ModelError(f"model {ref!r}: {found}; give a model directory, org/name[@revision] or demo:{DEMOS[0]}")
-    return _hub(ref, hub_id["repo"], hub_id["revision"], cache)
+    return _hub(ref, hub_id["repo"], hub_id["revision"], cache, weights=weights)
 
 
 def _directory_identity(path: Path) -> str:
@@ -106,14 +107,14 @@ def _directory_identity(path: Path) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def _hub(ref: str, repo: str, revision: str | None, cache: Path | None) -> Model:
+def _hub(ref: str, repo: str, revision: str | None, cache: Path | None, *, weights: bool) -> Model:
     import huggingface_hub
     from huggingface_hub import errors
 
     # The transport's own errors are not OSErrors, and which transport it is depends on the library's version.
     transport: type[Exception] = errors.HfHubHTTPError.__mro__[1]
     try:
-        for patterns in ((*_CONFIGS, "*.safetensors"), _CONFIGS + _WEIGHTS):
+        for patterns in ((*_CONFIGS, "*.safetensors"), _CONFIGS + _WEIGHTS) if weights else (_CONFIGS,):
             path = Path(
                 huggingface_hub.snapshot_download(
                     repo,
@@ -143,7 +144,8 @@ def _hub(ref: str, repo: str, revision: str | None, cache: Path | None) -> Model
             f"model {ref!r}: the Hub cannot be reached and its cache has no full copy ({_first_line(error)}); "
             "connect, or give a local directory"
         ) from error
-    if not (path / "config.json").is_file() or not any(file for pattern in _WEIGHTS for file in path.glob(pattern)):
+    complete = not weights or any(file for pattern in _WEIGHTS for file in path.glob(pattern))
+    if not (path / "config.json").is_file() or not complete:
         raise ModelError(
             f"model {ref!r}: {repo} holds no config.json with safetensors weights; give a transformers model"
         )

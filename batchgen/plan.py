@@ -11,8 +11,10 @@ import dataclasses
 import hashlib
 import io
 import json
+import re
 from typing import TYPE_CHECKING
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchgen.errors import InputError
@@ -21,23 +23,21 @@ from batchgen.record import Shard
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    import pyarrow as pa
-
     from batchgen.spec import Spec
     from batchgen.store import Entry, Store
 
 # Most footers fit; one that does not is read again in full.
 TAIL_BYTES = 64 * 1024
+_SIGN = re.compile(r"[*?\[]")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class File:
-    """One input file as its footer describes it; `prompt_bytes` is the uncompressed size of all its columns."""
+    """One input file as its footer describes it."""
 
     url: str
     version: str
     num_rows: int
-    size_bytes: int
     schema: pa.Schema
 
 
@@ -114,26 +114,98 @@ def kept_fields(plan: Plan, check: Callable[[pa.Schema, str], list[pa.Field]]) -
     return first or []
 
 
-def _entries(store: Store, path: str) -> list[Entry]:
-    if any(sign in path for sign in "*?["):
-        found = list(store.glob(path).values())
-    elif path.endswith(".parquet"):
+def root(store: Store, path: str, made: Plan) -> str:
+    """The part of `made`'s file URLs that `path` fixes: the folder before its first glob sign, itself or its file's.
+
+    Without a slash at the end, except for the root of the local disk.
+    """
+    folder = _listed(store, path)
+    sign = _SIGN.search(folder) if _SIGN.search(path) else None
+    if sign is not None:
+        folder = folder[: sign.start()].rpartition("/")[0]
+    elif not any(file.url.startswith(f"{folder}/") for file in made.files):
+        folder = folder.rpartition("/")[0]
+    return folder or "/"
+
+
+def strangers(store: Store, parts: Mapping[str, str], made: Plan) -> list[str]:
+    """One line for each part that `made` does not know but whose rows it would write again.
+
+    `parts` maps shard keys to URLs in one folder, as `write.parts` does. A part of this fingerprint whose file is still
+    input holds another version of that file, or was cut at other rows. Parts of files that are input no longer and
+    parts of another fingerprint stand beside this job's without harm.
+    """
+    own = {shard.key for shard in made.shards}
+    urls = {url for key, url in parts.items() if key not in own}
+    folders = {url.rpartition("/")[0] for url in urls}
+    found = {url: entry for folder in folders for url, entry in store.find(folder, recursive=False).items()}
+    entries = [found[url] for url in sorted(urls & found.keys())]
+    versions = {file.url: file.version for file in made.files}
+    lines = []
+    for entry, tail in zip(entries, store.tails(entries, TAIL_BYTES), strict=True):
         try:
-            found = [store.info(path)]
-        except FileNotFoundError:
-            found = []
+            facts = _facts(_footer(store, entry, tail))
+        except (ValueError, OSError, pa.ArrowException) as error:
+            lines.append(f"{entry.url}: cannot be read ({_first_line(error)}), so whose rows it holds is not known")
+            continue
+        file, version, rows = (facts.get(name, "") for name in ("file", "file_version", "rows"))
+        if facts.get("fingerprint") != made.fingerprint or file not in versions:
+            continue
+        if version != versions[file]:
+            why = f"which has changed (version {version}, now {versions[file]})"
+        else:
+            why = "which is cut at other rows now (checkpoint.rows_per_part)"
+        lines.append(f"{entry.url}: holds rows {rows} of {file}, {why}")
+    return lines
+
+
+def _facts(footer: pq.FileMetaData) -> dict[str, str]:
+    """What `write.commit` noted in a part about its shard."""
+    noted = {key.decode(errors="replace"): value for key, value in (footer.metadata or {}).items()}
+    names = ("fingerprint", "file", "file_version", "rows")
+    return {name: noted[f"batchgen.{name}"].decode() for name in names if f"batchgen.{name}" in noted}
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0][:200] or type(error).__name__
+
+
+def _listed(store: Store, path: str) -> str:
+    """`path` as the store spells the URLs that it lists: local ones are absolute; no slash at the end."""
+    bare = store._path(path).rstrip("/")  # noqa: SLF001  # only the file system knows how it resolves `./in`
+    if store.scheme == "memory":
+        bare = bare.removeprefix("/")
+    return f"{store.scheme}://{bare}" if store.scheme else bare
+
+
+def _entries(store: Store, path: str) -> list[Entry]:
+    if _SIGN.search(path):
+        found = list(store.glob(path).values())
     else:
-        # As Parquet readers do: what begins with _ or . is not data.
-        everything = store.find(path)
-        found = [e for url, e in everything.items() if url.endswith(".parquet") and not _hidden(url, path)]
+        found = _file_entry(store, path) if path.rstrip("/").endswith(".parquet") else []
+        # Spark calls its folders `x.parquet`, too.
+        found = found or _below(store, path)
     if not found:
         raise InputError(f"input.path: no Parquet file at {path}")
     return sorted(found, key=lambda entry: entry.url)
 
 
-def _hidden(url: str, folder: str) -> bool:
-    below = url.split(folder.rstrip("/") + "/", 1)[-1]
-    return any(name.startswith(("_", ".")) for name in below.split("/"))
+def _file_entry(store: Store, path: str) -> list[Entry]:
+    try:
+        return [store.info(path)]
+    except FileNotFoundError:
+        return []
+
+
+def _below(store: Store, path: str) -> list[Entry]:
+    """The Parquet files in a folder; as Parquet readers do, what begins with _ or . below it is not data."""
+    folder = _listed(store, path)
+    found = []
+    for url, entry in store.find(path).items():
+        names = url.removeprefix(f"{folder}/").split("/")
+        if url.endswith(".parquet") and not any(name.startswith(("_", ".")) for name in names):
+            found.append(entry)
+    return found
 
 
 def _file(store: Store, entry: Entry, tail: bytes) -> File:
@@ -142,7 +214,7 @@ def _file(store: Store, entry: Entry, tail: bytes) -> File:
         schema = metadata.schema.to_arrow_schema()
     except (ValueError, OSError) as e:
         raise InputError(f"{entry.url}: not a readable Parquet file ({e})") from e
-    return File(entry.url, entry.version, metadata.num_rows, entry.size_bytes, schema.remove_metadata())
+    return File(entry.url, entry.version, metadata.num_rows, schema.remove_metadata())
 
 
 def _footer(store: Store, entry: Entry, tail: bytes) -> pq.FileMetaData:

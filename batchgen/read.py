@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import io
 import json
 import re
 from typing import TYPE_CHECKING, Any
@@ -41,7 +43,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 class Columns:
     """Which column holds what; either `messages` or `prompt` is set, `system` only with `prompt`.
 
-    `sampling` maps a field of `record.Sampling` to the column that overrides it where it is not null.
+    `sampling` maps a field of `record.Sampling` to the column that overrides it where it is not null. `root` is what
+    default ids leave out of a file's URL (`plan.root`), so that `dt=1/a.parquet` and `dt=2/a.parquet` differ.
     """
 
     messages: str | None
@@ -50,6 +53,7 @@ class Columns:
     id: str | None
     keep: tuple[str, ...]
     sampling: Mapping[SamplingColumn, str]
+    root: str = ""
 
 
 class _Unusable(Exception):  # noqa: N818  # it never leaves this module, and is a finding rather than a failure
@@ -60,7 +64,8 @@ def check_columns(schema: pa.Schema, columns: Columns, file: str) -> list[pa.Fie
     """The kept columns' fields, in the order of `columns.keep`, of a table that has all the job's columns.
 
     Raises:
-        InputError: a column is missing, there twice or of a type that cannot hold what it should.
+        InputError: a column is missing, there twice, of a type that cannot hold what it should, or is to be kept and
+            of a type that a part cannot hold.
     """
     for name, key, fits, expected in _needs(columns):
         places = schema.get_all_field_indices(name)
@@ -76,19 +81,27 @@ def check_columns(schema: pa.Schema, columns: Columns, file: str) -> list[pa.Fie
         found = schema.field(places[0]).type
         if not fits(found):
             raise InputError(f"{file}: column {name!r} is {str(found)[:200]}, but {key} needs {expected}")
+    for name in columns.keep:
+        found = schema.field(name).type
+        problem = _cannot_be_kept(found)
+        if problem:
+            raise InputError(
+                f"{file}: column {name!r} is {str(found)[:200]}, which cannot be copied to the output ({problem}); "
+                f"cast it in the input, or drop it from input.keep"
+            )
     return [_without_parquet_ids(schema.field(name)) for name in columns.keep]
 
 
 def rows(store: Store, shard: Shard, columns: Columns, sampling: Sampling) -> Iterator[Row]:
     """The rows of `shard` in input order, with `sampling` as the job's default.
 
-    `row_id` is the id column's value as text, or `<file name>#<index>` where there is none to use.
+    `row_id` is the id column's value as text, or `<file below columns.root>#<index>` where there is none to use.
 
     Raises:
         InputError: the file is not there, changed since it was planned, lacks a column or is damaged.
         StoreError: the storage kept failing.
     """
-    name = shard.file.rpartition("/")[2]
+    name = _below(shard.file, columns.root)
     taken: set[str] = set()
     for index, values, broken in _records(store, shard, columns):
         row = Row(f"{name}#{index}", index, sampling, kept={column: values[column] for column in columns.keep})
@@ -110,6 +123,12 @@ def rows(store: Store, shard: Shard, columns: Columns, sampling: Sampling) -> It
         if problems:
             row.verdict = Verdict("error", *problems[0])
         yield row
+
+
+def _below(file: str, root: str) -> str:
+    """The file's path below `root`, its bare name when it is elsewhere."""
+    prefix = root.rstrip("/") + "/"
+    return file.removeprefix(prefix) if root and file.startswith(prefix) else file.rpartition("/")[2]
 
 
 def _records(store: Store, shard: Shard, columns: Columns) -> Iterator[tuple[int, dict[str, Any], list[str]]]:
@@ -324,6 +343,51 @@ def _needs(columns: Columns) -> Iterator[tuple[str, str, Callable[[pa.DataType],
         yield column, f"input.sampling.{field}", _SAMPLING[field][0], _SAMPLING[field][2]
     for name in columns.keep:
         yield name, "input.keep", lambda _: True, "anything"
+
+
+@functools.lru_cache(maxsize=1024)
+def _cannot_be_kept(type_: pa.DataType) -> str | None:
+    """Why a column of this type would not come out of a part as it went in; None when it does.
+
+    Tried rather than listed, on the way that rows go: Python values, journal segments, their order, Parquet. What is
+    read back may be of another type (seconds become milliseconds), but that one must last.
+    """
+    try:
+        back = _there_and_back(type_)
+        again = _there_and_back(back)
+    except (pa.ArrowException, TypeError) as error:
+        return str(error).partition("\n")[0][:150]
+    return None if back == again else f"it would become {str(again)[:150]}"
+
+
+def _there_and_back(type_: pa.DataType) -> pa.DataType:
+    schema = pa.schema([("x", type_)])
+    values = [None, _example(type_, 0), _example(type_, 1)]
+    pieces = [pa.Table.from_pylist([{"x": value}], schema=schema) for value in values]
+    sink = io.BytesIO()
+    pq.write_table(pa.concat_tables(pieces).take([2, 1, 0]), sink, write_page_checksum=True)
+    back = pq.ParquetFile(pa.BufferReader(sink.getvalue()), page_checksum_verification=True).read()["x"]
+    if back.to_pylist() != values[::-1]:
+        raise pa.ArrowInvalid("its values do not read back as written")
+    return back.type
+
+
+def _example(type_: pa.DataType, number: int) -> Any:
+    """A Python value as `to_pylist` gives it for this type; None for what Arrow takes whatever its value."""
+    if isinstance(type_, pa.BaseExtensionType):
+        storage = pa.array([_example(type_.storage_type, number)], type_.storage_type)
+        return pa.ExtensionArray.from_storage(type_, storage)[0].as_py()
+    if types.is_struct(type_):
+        return {part.name: _example(part.type, number) for part in type_}
+    if types.is_map(type_):
+        return [(_example(type_.key_type, number), _example(type_.item_type, number))]
+    type_ = type_.value_type if types.is_dictionary(type_) else type_
+    if _is_list(type_, lambda _: True):
+        length = type_.list_size if types.is_fixed_size_list(type_) else 1
+        return [_example(type_.value_type, number)] * length
+    if _is_text(type_):
+        return str(number)
+    return number if types.is_integer(type_) else None
 
 
 def _without_parquet_ids(field: pa.Field) -> pa.Field:

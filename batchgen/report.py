@@ -10,29 +10,30 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batchgen import write
 from batchgen.store import STATE_FOLDER
 
 if TYPE_CHECKING:
+    import polars as pl
+
     from batchgen.plan import Plan
     from batchgen.store import Store
 
 SUMMARY = f"{STATE_FOLDER}/summary.json"
-_COLUMNS = [
-    "row_id",
-    "sample",
-    "status",
-    "error_type",
+_KEY = ["row_id", "sample"]
+_SUMS = [
     "prompt_tokens",
     "completion_tokens",
     "target_steps",
     "draft_steps",
     "draft_tokens",
     "accepted_tokens",
-    "accepted_per_depth",
 ]
+_COLUMNS = [*_KEY, "status", "error_type", *_SUMS, "accepted_per_depth"]
 
 
 @dataclasses.dataclass(slots=True)
@@ -81,7 +82,11 @@ class Summary:
 
 
 def summarise(store: Store, output: str, plan: Plan, samples: int) -> Summary:
-    """Read every part of `plan` and reconcile: input rows x samples == ok + error + skipped, each key once."""
+    """Read every part of `plan` and reconcile: input rows x samples == ok + error + skipped, each key once.
+
+    Raises:
+        StoreError: the storage kept failing; a damaged part is a problem of the summary instead.
+    """
     found = write.parts(store, output)
     summary = Summary(expected_rows=plan.num_rows * samples)
     missing = [shard for shard in plan.shards if shard.key not in found]
@@ -89,26 +94,27 @@ def summarise(store: Store, output: str, plan: Plan, samples: int) -> Summary:
         names = ", ".join(shard.part_name for shard in missing[:3])
         summary.problems.append(f"{len(missing)} of {len(plan.shards)} parts are missing: {names}")
     reasons: collections.Counter[str] = collections.Counter()
-    keys: set[tuple[str, int]] = set()
-    doubled: list[str] = []
+    hashes: dict[str, pl.Series] = {}
     for shard in plan.shards:
         if shard.key not in found:
             continue
-        with store.open(found[shard.key]) as f:
-            rows = pq.ParquetFile(f, page_checksum_verification=True).read(columns=_COLUMNS).to_pylist()
+        url = found[shard.key]
+        try:
+            table = _read(store, url, _COLUMNS)
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            cause = str(error).partition("\n")[0][:200]
+            summary.problems.append(f"{url}: does not read back ({cause}); remove it and submit again")
+            continue
         summary.parts += 1
-        if len(rows) != shard.num_rows * samples:
+        if table.num_rows != shard.num_rows * samples:
             expected = shard.num_rows * samples
-            summary.problems.append(f"{found[shard.key]}: {len(rows)} rows, expected {expected}")
-        for row in rows:
-            key = (row["row_id"], row["sample"])
-            if key in keys:
-                doubled.append(row["row_id"])
-            keys.add(key)
-            _add(summary, reasons, row)
-    if doubled:
+            summary.problems.append(f"{url}: {table.num_rows} rows, expected {expected}")
+        hashes[url] = _hashes(table)
+        _add(summary, reasons, table)
+    num_doubled, examples = _doubled(store, hashes)
+    if num_doubled:
         summary.problems.append(
-            f"{len(doubled)} rows share their id and sample with another ({', '.join(sorted(set(doubled))[:3])}); "
+            f"{num_doubled} rows share their id and sample with another ({', '.join(examples)}); "
             f"input.id must be unique over all files"
         )
     if summary.rows != summary.expected_rows and not summary.problems:
@@ -117,28 +123,61 @@ def summarise(store: Store, output: str, plan: Plan, samples: int) -> Summary:
     return summary
 
 
-def _add(summary: Summary, reasons: collections.Counter[str], row: dict[str, Any]) -> None:
-    if row["status"] != "ok":
-        reasons[f"{row['status']}: {row['error_type']}"] += 1
+def _read(store: Store, url: str, columns: list[str]) -> pa.Table:
+    with store.open(url) as stream:
+        table = pq.ParquetFile(stream, page_checksum_verification=True).read(columns=columns)
+    missing = [name for name in columns if name not in table.column_names]
+    if missing:
+        raise pa.ArrowInvalid(f"it has no column {missing[0]}")
+    return table
+
+
+def _hashes(table: pa.Table) -> pl.Series:
+    """8 bytes for each (row_id, sample): what a job of a hundred million rows can keep in memory."""
+    import polars as pl  # not needed to start the command line
+
+    frame = pl.from_arrow(table.select(_KEY))
+    assert isinstance(frame, pl.DataFrame)
+    return frame.hash_rows()
+
+
+def _doubled(store: Store, hashes: dict[str, pl.Series]) -> tuple[int, list[str]]:
+    """How many rows have the key of an earlier one, and up to three of their ids; `hashes` by part."""
+    import polars as pl
+
+    every = pl.concat(list(hashes.values())) if hashes else pl.Series([], dtype=pl.UInt64)
+    suspects = every.filter(every.is_duplicated()).unique()
+    if suspects.is_empty():
+        return 0, []
+    # Different keys may share a hash, so the keys themselves have the last word.
+    frames = []
+    for url, part in hashes.items():
+        suspect = part.is_in(suspects.implode())
+        if suspect.any():
+            frame = pl.from_arrow(_read(store, url, _KEY))
+            assert isinstance(frame, pl.DataFrame)
+            frames.append(frame.filter(suspect))
+    counts = pl.concat(frames).group_by(_KEY).len().filter(pl.col("len") > 1)
+    return int((counts["len"] - 1).sum()), sorted(set(counts["row_id"]))[:3]
+
+
+def _add(summary: Summary, reasons: collections.Counter[str], table: pa.Table) -> None:
+    is_ok = pc.fill_null(pc.equal(table["status"], "ok"), fill_value=False)
+    ok, rest = table.filter(is_ok), table.filter(pc.invert(is_ok))
+    for row in rest.group_by(["status", "error_type"]).aggregate([([], "count_all")]).to_pylist():
+        reasons[f"{row['status']}: {row['error_type']}"] += row["count_all"]
         if row["status"] == "error":
-            summary.error += 1
+            summary.error += row["count_all"]
         else:
-            summary.skipped += 1
-        return
-    summary.ok += 1
-    for name in (
-        "prompt_tokens",
-        "completion_tokens",
-        "target_steps",
-        "draft_steps",
-        "draft_tokens",
-        "accepted_tokens",
-    ):
-        setattr(summary, name, getattr(summary, name) + (row[name] or 0))
-    depths = row["accepted_per_depth"] or []
-    summary.accepted_per_depth += [0] * (len(depths) - len(summary.accepted_per_depth))
-    for depth, accepted in enumerate(depths):
-        summary.accepted_per_depth[depth] += accepted
+            summary.skipped += row["count_all"]
+    summary.ok += ok.num_rows
+    for name in _SUMS:
+        setattr(summary, name, getattr(summary, name) + (pc.sum(ok[name]).as_py() or 0))
+    depths = ok["accepted_per_depth"]
+    deepest = pc.max(pc.list_value_length(depths)).as_py() or 0
+    summary.accepted_per_depth += [0] * (deepest - len(summary.accepted_per_depth))
+    for depth in range(deepest):
+        summary.accepted_per_depth[depth] += pc.sum(pc.list_flatten(pc.list_slice(depths, depth, depth + 1))).as_py()
 
 
 def save(store: Store, output: str, summary: Summary, facts: dict[str, Any]) -> None:

@@ -57,7 +57,7 @@ class InputSpec(_Part):
     messages: Text | None = Field(default=None, description="Column of chats in OpenAI form; this or prompt.")
     prompt: Text | None = Field(default=None, description="Column of texts, each a user's message; this or messages.")
     system: Text | None = Field(default=None, description="Column of system messages, null for none; with prompt.")
-    id: Text | None = Field(default=None, description="Column with the row's id; null: <file>#<row>.")
+    id: Text | None = Field(default=None, description="Column with the row's id; null: its file and number.")
     keep: tuple[Text, ...] = Field(default=(), strict=False, description="Columns copied to the output.")
     sampling: dict[SamplingColumn, Text] = Field(
         default={}, description="Setting: column that overrides it row by row."
@@ -139,6 +139,9 @@ class Tree(_Part):
             size = f"depth {self.depth} and width {self.width}"
             holds = f"{most} nodes" if most == self.depth else f"{self.depth} to {min(most, 63)} nodes"
             raise ValueError(f"a tree of {size} holds {holds}, not {self.nodes}")
+        if (self.depth - 1) * self.width > 63:
+            size = f"depth {self.depth} and width {self.width}"
+            raise ValueError(f"a tree of {size} drafts too much: (depth - 1) x width is at most 63")
         return self
 
 
@@ -146,7 +149,7 @@ class SpeculationSpec(_Part):
     """How the draft head is used; it never changes a row's tokens, only how soon they come."""
 
     tree: Annotated[Annotated[Literal["auto", "off"], _WORD] | Annotated[Tree, _MAPPING], _WORD_OR_MAPPING] = Field(
-        default="auto", description="auto: sized at every step; off: no drafting; or a fixed shape."
+        default="auto", description="auto: a short chain; off: no drafting; or a fixed shape."
     )
     min_acceptance: float | None = Field(
         default=None, ge=0, le=1, description="Least share of drafted tokens to be accepted."

@@ -48,7 +48,8 @@ def connect(url: str, options: Mapping[str, Any] | None = None) -> Store:
     GCS needs no credentials when `endpoint_url` is given or STORAGE_EMULATOR_HOST is set, unless `options` name some.
 
     Raises:
-        StoreError: no file system for the URL's scheme, or its package is not installed.
+        InputError: no file system for the URL's scheme, or its package is not installed.
+        StoreError: the file system refuses its options or its surroundings.
     """
     scheme = _scheme(url)
     settings = {"skip_instance_cache": True, "use_listings_cache": False, **(options or {})}
@@ -59,10 +60,20 @@ def connect(url: str, options: Mapping[str, Any] | None = None) -> Store:
             kinds[scheme], more = filesystems.gcs()
             failures += more
             settings = filesystems.gcs_settings(settings) | settings
-        kind = kinds.get(scheme) or fsspec.get_filesystem_class(scheme)
+        kind = kinds.get(scheme) or _kind(url, scheme)
         return Store(scheme, kind(**settings), failures)
     except failures as error:
         raise StoreError(f"{url}: cannot connect: {filesystems.cause(error)}") from error
+
+
+def _kind(url: str, scheme: str) -> type[Any]:
+    """The file system of another scheme than our own; which are at hand is the machine's matter, not the storage's."""
+    try:
+        return cast("type[Any]", fsspec.get_filesystem_class(scheme))
+    except (ValueError, ImportError) as error:
+        missing = getattr(error.__cause__, "name", None)
+        remedy = f"; pip install {missing}" if missing else ""
+        raise InputError(f"{url}: cannot connect: {filesystems.cause(error)}{remedy}") from error
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import time
 from typing import TYPE_CHECKING
 
 from batchgen import read, record, screen, write
-from batchgen.errors import AcceptanceError, DrainedError
+from batchgen.errors import AcceptanceError, DrainedError, StoreError
 from batchgen.journal import Journal
 from batchgen.record import Request
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("batchgen.worker")
 
+# Rows that need no engine may come by the million: journals, commits and a wish to drain are seen to this often.
+LOOK_SECONDS = 1.0
 # Drafted tokens after which the acceptance rate is believed: its standard error is then below 0.012.
 WARM_UP_DRAFTS = 2000
 
@@ -137,43 +139,62 @@ class Worker:
             DrainedError: `draining` became true; everything finished is in the journals.
             AcceptanceError: acceptance stayed below `min_acceptance` and the job says to fail.
         """
-        requests = self._requests(shards)
+        try:
+            self._run(self._requests(shards), draining, watch)
+        except StoreError:
+            raise  # storage has failed for minutes: asking it for more would only take more of them
+        except BaseException:
+            # Whatever else ends the run early, what is finished need not be done again.
+            for opened in self._open:
+                opened.journal.flush()
+            raise
+        return self.tally
+
+    def _run(
+        self, requests: Iterator[Request | None], draining: Callable[[], bool], watch: Callable[[Tally], None]
+    ) -> None:
         exhausted = False
-        while True:
-            while not exhausted and not draining() and self._engine.unfinished < self._engine.capacity:
-                request = next(requests, None)
-                if request is None:
-                    exhausted = True
-                else:
-                    self._engine.submit(request)
-            self._journal()
-            if draining():
+        while not exhausted or self._engine.unfinished:
+            if draining() and self._open:
                 self._drain()
+            looked = time.monotonic()
+            while self._engine.unfinished < self._engine.capacity:
+                try:
+                    request = next(requests)
+                except StopIteration:
+                    exhausted = True
+                    break
+                if request is not None:
+                    self._engine.submit(request)
+                elif time.monotonic() - looked > LOOK_SECONDS:
+                    break
+            self._journal()
             if self._engine.unfinished:
                 self._step()
-            elif exhausted:
                 self._journal()
-                assert not self._open, "every shard is committed when nothing is left to generate"
-                return self.tally
             watch(self.tally)
+        assert not self._open, "every shard is committed when nothing is left to generate"
 
-    def _requests(self, shards: Iterable[Shard]) -> Iterator[Request]:
-        """Every sample that is still to be generated; rows that cannot be are recorded on the way."""
+    def _requests(self, shards: Iterable[Shard]) -> Iterator[Request | None]:
+        """Every sample that is still to be generated; None where a row or the end of a shard needs no engine."""
         samples = self._task.sampling.n
         for shard in shards:
             opened = self._claim(shard)
             for row in self._renderer.rows(screen.rows(self._read(opened))):
                 for sample in range(samples):
                     if (row.row_id, sample) in opened.journal.done:
+                        yield None
                         continue
                     if row.verdict is not None:
                         self._refuse(opened, row, sample)
+                        yield None
                         continue
                     assert row.prompt_token_ids is not None
                     key = (shard.key, row.index, sample)
                     self._rows[key] = (opened, row)
                     yield Request(key, row.row_id, sample, row.prompt_token_ids, row.sampling)
             opened.read = True
+            yield None
 
     def _claim(self, shard: Shard) -> _OpenShard:
         task = self._task
@@ -247,8 +268,6 @@ class Worker:
         log.info("part %s %s", what, opened.shard.part_name)
 
     def _drain(self) -> None:
-        for opened in self._open:
-            opened.journal.flush()
         kept = sum(len(opened.journal.done) for opened in self._open)
         raise DrainedError(
             f"drained: {kept} rows of {len(self._open)} unfinished shards are journalled in {self._task.output}; "
@@ -263,8 +282,6 @@ class Worker:
         found = f"acceptance rate {rate:.3f} after {self.tally.draft_tokens} drafted tokens"
         rule = f"speculation.min_acceptance {floor}"
         if self._task.below_min == "fail":
-            for opened in self._open:
-                opened.journal.flush()
             raise AcceptanceError(f"{found} is below {rule}; finished rows are journalled")
         if self._task.below_min == "disable":
             self._engine.stop_speculating()

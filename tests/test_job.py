@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import polars as pl
@@ -71,7 +72,7 @@ def finished(tmp_path_factory) -> Path:
     left.mkdir(parents=True)
     (left / "claim-0001.json").write_text("{}")
     part = next((folder / "out").glob("part-*.parquet"))
-    (left / "seg-0001-000000").write_bytes(part.read_bytes())
+    (left / "seg-0001-0123456789ab-000000.rows").write_bytes(part.read_bytes())
     return folder
 
 
@@ -154,7 +155,7 @@ def test_192_dirty_rows_get_192_verdicts_and_the_exit_code_that_was_asked_for(tm
         tmp_path,
         input={"path": str(DIRTY), "messages": "messages", "id": "id", "keep": ["defect"]},
         sampling={"max_tokens": 4},
-        screen={"max_prompt_tokens": 220},
+        screen={"max_prompt_tokens": 150},
         batch_size=32,
         speculation={"tree": {"depth": 2}},
     )
@@ -195,6 +196,7 @@ def test_another_jobs_output_is_refused_unless_asked(tmp_path):
     other = job_file(tmp_path, **REHEARSAL, sampling={"max_tokens": 5})
     refused = batchgen("submit", other)
     assert refused.returncode == 73
+    assert "differs in sampling" in refused.stderr
     assert "--mix" in refused.stderr
     assert len(list((tmp_path / "out").glob("part-*"))) == 1
     assert batchgen("submit", other, "--mix").returncode == 0
@@ -236,8 +238,50 @@ def test_a_missing_or_damaged_part_is_noticed(tmp_path):
     short = batchgen("submit", job)
     assert short.returncode == 1
     assert "2 rows, expected 3" in short.stderr
+    data = part.read_bytes()
+    part.write_bytes(data[: len(data) // 2])
+    broken = batchgen("submit", job)
+    assert broken.returncode == 1
+    assert f"{part}: does not read back" in broken.stderr
+    assert "Traceback" not in broken.stderr
     part.unlink()
     assert batchgen("submit", job).returncode == 0, "a part that is not there is simply done again"
+
+
+def test_what_would_write_the_same_rows_again_is_refused(tmp_path):
+    prompts(tmp_path)
+    job = job_file(tmp_path, **REHEARSAL)
+    assert batchgen("submit", job).returncode == 0
+    other_size = batchgen("submit", job, "--set", "checkpoint.rows_per_part=2")
+    assert other_size.returncode == 73
+    assert "keep 4096" in other_size.stderr
+    (tmp_path / "in.parquet").touch()
+    changed = batchgen("submit", job)
+    assert changed.returncode == 73
+    assert "part-00000" in changed.stderr
+    assert pl.read_parquet(tmp_path / "out/*.parquet").height == 6
+
+
+def test_a_submit_that_never_finished_a_row_leaves_the_folder_free(tmp_path):
+    prompts(tmp_path)
+    broken = {"kind": "rehearsal", "options": {"tokens_per_step": 0}}
+    assert batchgen("submit", job_file(tmp_path, engine=broken, speculation=None)).returncode == 2
+    done = batchgen("submit", job_file(tmp_path, **REHEARSAL, sampling={"max_tokens": 5}))
+    assert done.returncode == 0, done.stderr
+
+
+def test_rows_that_need_no_engine_are_journalled_and_drained_all_the_same(tmp_path):
+    table = prompts(tmp_path, 1)
+    pl.concat([table] * 200_000).with_columns(id=pl.lit(None, pl.String)).write_parquet(tmp_path / "in.parquet")
+    job = job_file(tmp_path, **REHEARSAL, checkpoint={"rows_per_part": 200_000, "journal_rows": 1000})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "batchgen", "submit", job], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and not list((tmp_path / "out").rglob("seg-*")):
+        time.sleep(0.01)
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode == 75, "segments come before the end, and so does the drain"
 
 
 def test_equal_ids_in_two_files_do_not_pass_for_one_row(tmp_path):

@@ -233,22 +233,22 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def fetched(cache: Path, endpoint: str, *refs: str, **env: str) -> list[Any]:
+def fetched(cache: Path, endpoint: str, *refs: str, weights: bool = True, **env: str) -> list[Any]:
     """What `fetch` gives for each of `refs` in a process of its own, since the Hub's address is read on import."""
     code = """
 import json, pathlib, sys
 from batchgen import errors, models
 answers = []
-for ref in sys.argv[2:]:
+for ref in sys.argv[3:]:
     try:
-        model = models.fetch(ref, cache=pathlib.Path(sys.argv[1]))
+        model = models.fetch(ref, cache=pathlib.Path(sys.argv[1]), weights=sys.argv[2] == "True")
         answers.append([model.identity, sorted(file.name for file in model.path.iterdir())])
     except errors.ModelError as error:
         answers.append([str(error), None])
 print(json.dumps(answers))
 """
     local = {"HF_ENDPOINT": endpoint, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    command = [sys.executable, "-c", code, str(cache), *refs]
+    command = [sys.executable, "-c", code, str(cache), str(weights), *refs]
     done = subprocess.run(command, env=os.environ | local | env, capture_output=True, text=True, check=True, cwd="/")
     return json.loads(done.stdout)
 
@@ -271,6 +271,27 @@ def test_a_hub_model_is_its_commit_and_comes_without_what_nobody_reads(tmp_path:
     assert head == [f"acme/head@{COMMIT}", ["config.json", "pytorch_model.bin"]]  # there are no safetensors
     offline = fetched(tmp_path, "http://127.0.0.1:9", "acme/chat", "acme/head", HF_HUB_OFFLINE="1")
     assert offline == [chat, head]
+
+
+def test_a_hub_model_without_weights_is_the_same_model(tmp_path: Path, hub: str) -> None:
+    bare = fetched(tmp_path, hub, "acme/chat", "acme/head", weights=False)
+    assert bare == [
+        [f"acme/chat@{COMMIT}", ["config.json", "tokenizer.json"]],
+        [f"acme/head@{COMMIT}", ["config.json"]],
+    ]
+    whole = fetched(tmp_path, hub, "acme/chat", "acme/head")
+    assert [identity for identity, _ in whole] == [identity for identity, _ in bare]
+    assert "model.safetensors" in whole[0][1]
+    assert "pytorch_model.bin" in whole[1][1]
+    [[nothing, _]] = fetched(tmp_path, hub, "acme/words", weights=False)
+    assert "holds no config.json" in nothing
+
+
+def test_a_directory_without_its_weights_is_refused_even_where_none_are_needed(directory: Path) -> None:
+    assert models.fetch(str(directory), weights=False) == models.fetch(str(directory))
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="holds no weights"):
+        models.fetch(str(directory), weights=False)
 
 
 def test_what_the_hub_does_not_give_is_said_in_one_line(tmp_path: Path, hub: str) -> None:

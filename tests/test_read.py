@@ -125,6 +125,67 @@ def test_without_an_id_column_a_row_is_its_files_name_and_its_place(tmp_path: Pa
     assert [(row.row_id, row.index) for row in found] == [("t.parquet#1", 1), ("t.parquet#2", 2)]
 
 
+@pytest.mark.parametrize(
+    ("root", "name", "reason"),
+    [
+        ("", "t.parquet", "nobody said"),
+        ("{0}", "dt=1/t.parquet", "partitions hold files of one name"),
+        ("{0}/", "dt=1/t.parquet", "a slash changes nothing"),
+        ("{0}/dt=1", "t.parquet", "the file is right there"),
+        ("{0}/dt", "t.parquet", "not a folder above it"),
+    ],
+)
+def test_the_default_id_is_the_files_place_below_the_root(tmp_path: Path, root: str, name: str, reason: str) -> None:
+    (tmp_path / "dt=1").mkdir()
+    path = table(tmp_path / "dt=1", {"prompt": ["a"]})
+    [row] = rows(path, columns(root=root.format(tmp_path)))
+    assert row.row_id == f"{name}#0", reason
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.string_view(),
+        pa.binary_view(),
+        pa.list_(pa.struct([("a", pa.string_view())])),
+        pa.bool8(),
+        pa.month_day_nano_interval(),
+        pa.struct([]),
+    ],
+    ids=str,
+)
+def test_a_kept_column_that_no_part_can_hold_is_refused_before_anything_runs(kind: pa.DataType) -> None:
+    schema = pa.schema([("prompt", pa.string()), ("x", kind)])
+    with pytest.raises(InputError, match=r"t\.parquet: column 'x' is .* drop it from input\.keep") as caught:
+        read.check_columns(schema, columns(keep=("x",)), "t.parquet")
+    assert "\n" not in str(caught.value)
+    assert read.check_columns(schema, columns(), "t.parquet") == []
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.timestamp("s"),
+        pa.date64(),
+        pa.dictionary(pa.uint32(), pa.large_string()),
+        pa.dictionary(pa.int8(), pa.int64()),
+        pa.struct([("a", pa.dictionary(pa.int8(), pa.string()))]),
+        pa.list_view(pa.int8()),
+        pa.list_(pa.float32(), 3),
+        pa.list_(pa.list_(pa.string())),
+        pa.uuid(),
+        pa.json_(),
+        pa.decimal32(5, 2),
+        pa.bool_(),
+        pa.binary(4),
+    ],
+    ids=str,
+)
+def test_a_kept_column_that_makes_the_whole_way_is_taken(kind: pa.DataType) -> None:
+    schema = pa.schema([("prompt", pa.string()), ("x", kind)])
+    assert read.check_columns(schema, columns(keep=("x",)), "t.parquet") == [schema.field("x")]
+
+
 def test_an_id_that_cannot_be_used_gives_way_to_the_rows_place(tmp_path: Path) -> None:
     ids = ["a", None, "", " \n", "a", "💩", "x" * 10_000, "x" * 10_000]
     found = rows(table(tmp_path, {"prompt": ["p"] * len(ids), "id": ids}), columns(id="id"))

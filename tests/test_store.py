@@ -248,13 +248,19 @@ def test_mistakes_are_named(gcs: str, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"^create gs://no-such-bucket/x: nowhere to write; does the bucket exist\?$"):
         store.create("gs://no-such-bucket/x", b"")
     assert store.find("gs://no-such-bucket/x") == {}
-    with pytest.raises(StoreError, match=r"^x://b: cannot connect: ValueError: Protocol not known: x$"):
+    with pytest.raises(InputError, match=r"^x://b: cannot connect: ValueError: Protocol not known: x$"):
         connect("x://b")
     with pytest.raises(StoreError, match=r"^put http://b/x: http:// has no atomic create; write to gs://"):
         Store("http", filesystems.Memory(), (OSError,)).put("http://b/x", b"")
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StoreError, match=rf"^put {tmp_path}/file/x: NotADirectoryError"):
         connect(str(tmp_path)).put(f"{tmp_path}/file/x", b"")
+
+
+def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "adlfs", None)
+    with pytest.raises(InputError, match=r"^abfs://b/x: cannot connect: ImportError: .*; pip install adlfs$"):
+        connect("abfs://b/x")
 
 
 def test_an_emulator_needs_no_credentials_and_options_are_never_shown(

@@ -55,6 +55,14 @@ class Script:
             for name, kind in kinds.items()
             if name in options and not isinstance(options[name], kind)
         ]
+        if not problems:
+            if options.get("tokens_per_step", 1) < 1:
+                found = options["tokens_per_step"]
+                problems.append(f"engine.options.tokens_per_step: found {found}, expected 1 or more")
+            if options.get("step_s", 0) < 0:
+                problems.append(f"engine.options.step_s: found {options['step_s']}, expected 0 or more seconds")
+            if not all(isinstance(pattern, str) for pattern in options.get("fail", ())):
+                problems.append("engine.options.fail: expected a list of row id patterns, as text")
         if problems:
             raise SpecError(*problems)
         return Script(**{**options, "fail": tuple(options.get("fail", ()))})
@@ -114,9 +122,11 @@ class RehearsalEngine:
                 row.first_token = time.perf_counter()
             else:
                 row.num_steps += 1
-            row.num_done += self._script.tokens_per_step
-            self.num_tokens += self._script.tokens_per_step
-            if row.num_done >= min(len(row.token_ids), row.request.sampling.max_tokens):
+            end = min(len(row.token_ids), row.request.sampling.max_tokens)
+            gained = min(self._script.tokens_per_step, end - row.num_done)
+            row.num_done += gained
+            self.num_tokens += gained
+            if row.num_done == end:
                 ended.append(row)
         self._rows = [row for row in self._rows if row not in ended]
         return [self._completion(row) for row in ended]

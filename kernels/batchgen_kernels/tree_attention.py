@@ -36,13 +36,13 @@ class Tiles:
     token_ST: packed index of each tile query, padding points at packed token 0
     flat_N: for each packed tile token, in packed order, its place in the flattened [S * T]
     packed_N: for each packed tile token its packed index
-    mask_SxTL: float, 0 where query t of slot s may see pool column l, else -inf
+    mask: float [S, 1, G * T, L], 0 where query t of slot s may see pool column l, else -inf
     """
 
     token_ST: torch.Tensor
     flat_N: torch.Tensor
     packed_N: torch.Tensor
-    mask_STL: torch.Tensor
+    mask: torch.Tensor
 
 
 def tile_mask(
@@ -75,28 +75,29 @@ def tree_attention(
     k_SKLD: torch.Tensor,
     v_SKLD: torch.Tensor,
     tiles: Tiles | None,
-    spans: list[Span],
+    spans: list[tuple[Span, torch.Tensor]],
     scale: float,
-    window: int | None = None,
 ) -> torch.Tensor:
-    """Attention output [N, H, D] in the dtype of `q_NHD`; padding queries are computed and dropped."""
+    """Attention output [N, H, D] in the dtype of `q_NHD`; padding queries are computed and dropped.
+
+    Each span comes with its `span_mask`: masks are built once a pass and used in every layer.
+    """
     out_NHD = torch.empty_like(q_NHD)
     num_heads, head_dim = q_NHD.shape[1:]
     num_kv = k_SKLD.shape[1]
     group = num_heads // num_kv
     if tiles is not None:
-        (slots, width), length = tiles.token_ST.shape, tiles.mask_STL.shape[2]
+        (slots, width), length = tiles.token_ST.shape, tiles.mask.shape[3]
         q = q_NHD[tiles.token_ST].view(slots, width, num_kv, group, head_dim).permute(0, 2, 3, 1, 4)
         q = q.reshape(slots, num_kv, group * width, head_dim)
-        mask = tiles.mask_STL[:, None].expand(-1, group, -1, -1).reshape(slots, 1, group * width, length)
-        o = scaled_dot_product_attention(q, k_SKLD[:slots, :, :length], v_SKLD[:slots, :, :length], mask, scale=scale)
+        k, v = k_SKLD[:slots, :, :length], v_SKLD[:slots, :, :length]
+        o = scaled_dot_product_attention(q, k, v, tiles.mask, scale=scale)
         o = o.view(slots, num_kv, group, width, head_dim).permute(0, 3, 1, 2, 4).reshape(-1, num_heads, head_dim)
         out_NHD[tiles.packed_N] = o[tiles.flat_N]
-    for span in spans:
+    for span, mask in spans:
         stop = span.prefix + span.stop - span.start
         q = q_NHD[span.start : span.stop].transpose(0, 1)[None]
         k, v = k_SKLD[span.slot, :, :stop][None], v_SKLD[span.slot, :, :stop][None]
-        mask = span_mask(span, q.dtype, q.device, window)
         o = scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
         out_NHD[span.start : span.stop] = o[0].transpose(0, 1)
     return out_NHD

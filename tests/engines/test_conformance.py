@@ -186,20 +186,44 @@ def test_an_encoder_decoder_is_refused(tmp_path):
         torch_engine(tmp_path, 1)
 
 
-def test_rows_wait_for_memory_and_one_that_never_fits_is_an_error(llama):
-    probe = torch_engine(llama, 8)
-    engine = torch_engine(llama, 8, memory_bytes=probe._bytes_for(2, 30))
-    for i in range(6):
+def test_rows_wait_for_memory_and_one_that_never_fits_is_an_error(tmp_path):
+    # Pools are made for 8 rows x 256 tokens at a time: room for 8 rows, and not for 16.
+    folder = tiny(tmp_path, "llama", max_position_embeddings=4096)
+    bound = torch_engine(folder, 1)._num_bytes(8, 150)
+    engine = torch_engine(folder, 16, memory_bytes=bound)
+    engine.submit(ask(99, max_tokens=3000))
+    for i in range(20):
         engine.submit(ask(i, max_tokens=20))
-    engine.submit(ask(9, max_tokens=100))
-    running = []
-    done = {}
+    running, done = [], {}
     while engine.unfinished:
         done |= {c.key: c for c in engine.step()}
         running.append(engine.running)
-    assert max(running) == 2
-    assert done["key", 9].error_type == "out_of_memory"
-    assert all(done["key", i].finish_reason == "length" for i in range(6))
+        assert engine._pool.k.nbytes + engine._pool.v.nbytes <= bound
+    assert max(running) == 8
+    assert done["key", 99].error_type == "out_of_memory"
+    assert all(done["key", i].finish_reason == "length" for i in range(20))
+
+
+def test_a_pool_shaped_for_many_short_rows_makes_way_for_a_long_one(tmp_path):
+    folder = tiny(tmp_path, "llama", max_position_embeddings=4096)
+    bound = torch_engine(folder, 1)._num_bytes(8, 400)
+    engine = torch_engine(folder, 16, memory_bytes=bound)
+    for i in range(16):
+        engine.submit(ask(i, max_tokens=12))
+    engine.submit(ask(16, max_tokens=400))
+    assert len(finish(engine)["key", 16].token_ids) == 400
+
+
+def test_a_model_that_scales_its_logits_is_refused(tmp_path):
+    folder = tiny(tmp_path, "granite", logits_scaling=8.0)
+    with pytest.raises(ModelError, match=r"logits_scaling.*engine\.kind: vllm"):
+        torch_engine(folder, 1)
+
+
+def test_a_model_that_does_not_attend_through_the_interface_is_refused(tmp_path):
+    folder = tiny(tmp_path, "stablelm")
+    with pytest.raises(ModelError, match=r"StableLm.*engine\.kind: vllm"):
+        torch_engine(folder, 1)
 
 
 def test_a_row_ends_at_the_models_last_position(llama):

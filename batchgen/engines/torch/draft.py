@@ -14,10 +14,10 @@ import torch
 from torch.nn.functional import silu
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from batchgen.engines.torch.kvcache import Layout, Pool
+from batchgen.engines.torch.kvcache import Layout, Pool, Tile
 from batchgen.engines.torch.weights import load_head
 from batchgen.engines.torch.wide import Weight
-from batchgen_kernels.tree_attention import tree_attention
+from batchgen_kernels.tree_attention import Span, tree_attention
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,10 +56,15 @@ class Draft:
         self._rotary = LlamaRotaryEmbedding(layer).to(self.device)
         target.capture(self.config.aux_layers)
 
-    def pool(self, slots: int) -> Pool:
+    def pool(self) -> Pool:
         """An empty KV pool for the head's layers."""
         layers = self.config.layer.num_hidden_layers
-        return Pool(layers, slots, self._kv_heads, self._head_dim, self.dtype, self.device)
+        return Pool(layers, self._kv_heads, self._head_dim, self.dtype, self.device)
+
+    def layout(self, tiles: list[Tile], spans: list[Span]) -> Layout:
+        """Lay out a pass for this head."""
+        group, window = self._heads // self._kv_heads, self.config.window
+        return Layout.of(tiles, spans, group=group, dtype=self.dtype, device=self.device, window=window)
 
     @torch.no_grad()
     def fuse(self, final: torch.Tensor, captured: torch.Tensor | None) -> torch.Tensor:
@@ -80,7 +85,6 @@ class Draft:
         `hidden` is a fused feature where the target has seen the slot, and the parent's output state in a tree. The
         result feeds both `logits` and the next tree level.
         """
-        pool.reserve(layout.pool_length)
         embedded = self._norm(self.embedding[token_ids], "layers.0.input_layernorm.weight")
         normed = self._norm(hidden, "layers.0.hidden_norm.weight")
         residual = normed if self.config.norm_before_residual else hidden
@@ -115,7 +119,7 @@ class Draft:
         q, k = apply_rotary_pos_emb(q[None], k[None], cos, sin, unsqueeze_dim=2)
         pool.write(layer, k[0], v, layout)
         scale = self._head_dim**-0.5
-        out = tree_attention(q[0], pool.k[layer], pool.v[layer], layout.tiles, layout.spans, scale, self.config.window)
+        out = tree_attention(q[0], pool.k[layer], pool.v[layer], layout.tiles, layout.spans, scale)
         return self._linear[f"{prefix}.o_proj"](out.reshape(num_tokens, -1))
 
     def _mlp(self, layer: int, x: torch.Tensor) -> torch.Tensor:

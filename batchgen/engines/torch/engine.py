@@ -10,15 +10,16 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import deque
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from batchgen.engines.torch import forest, verify
-from batchgen.engines.torch.kvcache import Layout, Tile
+from batchgen.engines.torch.kvcache import Tile
 from batchgen.generate import first_stop
 from batchgen.record import Acceptance, Completion
-from batchgen_kernels.tree_attention import Span
+from batchgen_kernels.tree_attention import MAX_NODES, Span
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -76,9 +77,9 @@ class TorchEngine:
     ) -> None:
         self.capacity = batch_size
         self._target, self._decode = target, decode
-        self._pool = target.pool(batch_size)
+        self._pool = target.pool()
         self._draft = draft if tree is not None else None
-        self._draft_pool = draft.pool(batch_size) if draft is not None else None
+        self._draft_pool = draft.pool() if draft is not None else None
         self._tree = tree
         self._prefill_tokens = prefill_tokens
         self._memory_bytes = memory_bytes if memory_bytes is not None else int(0.6 * free_bytes(target.device))
@@ -103,7 +104,7 @@ class TorchEngine:
         """Forget all rows and give the pools back."""
         self._waiting.clear()
         self._rows.clear()
-        self._pool = self._target.pool(0)
+        self._pool = self._target.pool()
         self._draft_pool = None
 
     def step(self) -> list[Completion]:
@@ -120,13 +121,12 @@ class TorchEngine:
         rejected, admitted = [], []
         while self._waiting and len(self._rows) < self.capacity:
             request, submitted = self._waiting[0]
-            limit = min(len(request.prompt_token_ids) + request.sampling.max_tokens, self._target.max_tokens)
-            longest = max([limit, *(row.limit for row in self._rows)])
-            if self._bytes_for(len(self._rows) + 1, longest) > self._memory_bytes and self._rows:
-                break  # it gets its turn when a running row has ended
-            self._waiting.popleft()
             now = time.perf_counter()
+            limit = min(len(request.prompt_token_ids) + request.sampling.max_tokens, self._target.max_tokens)
             problem = self._problem(request, limit)
+            if problem is None and not self._reserve(len(self._rows) + 1, limit):
+                break  # its turn comes when a running row has ended
+            self._waiting.popleft()
             if problem is not None:
                 failed = Completion(request.key, request.sample, [], "", "error", Acceptance(), now - submitted)
                 rejected.append(dataclasses.replace(failed, error_type=problem[0], error=problem[1]))
@@ -139,10 +139,23 @@ class TorchEngine:
             self._prefill(admitted)
         return rejected
 
-    def _bytes_for(self, num_rows: int, longest: int) -> int:
-        width = self._tree.nodes + 1 if self._tree else 1
+    def _num_bytes(self, num_rows: int, limit: int) -> int:
+        """Bytes of all pools for `num_rows` rows that end at `limit` tokens, each with room for a tree."""
         pools = [self._pool] + ([self._draft_pool] if self._draft_pool else [])
-        return num_rows * (longest + width) * sum(pool.token_bytes for pool in pools)
+        return sum(pool.num_bytes(num_rows, limit + MAX_NODES) for pool in pools)
+
+    def _reserve(self, num_rows: int, limit: int) -> bool:
+        """Make room for one row more, if the bound allows it."""
+        slots, length = max(num_rows, self._pool.slots), max(limit, self._pool.length - MAX_NODES)
+        if self._num_bytes(slots, length) > self._memory_bytes:
+            if num_rows > 1:
+                return False
+            # Nothing runs: pools that were shaped for other rows make way.
+            self._pool = self._target.pool()
+            self._draft_pool = self._draft.pool() if self._draft is not None else None
+        for pool in filter(None, (self._pool, self._draft_pool)):
+            pool.reserve(num_rows, limit + MAX_NODES)
+        return True
 
     def _problem(self, request: Request, limit: int) -> tuple[str, str] | None:
         num_prompt = len(request.prompt_token_ids)
@@ -150,8 +163,9 @@ class TorchEngine:
             return "empty_prompt", "the prompt has no tokens"
         if num_prompt >= self._target.max_tokens:
             return "prompt_too_long", f"{num_prompt} prompt tokens; the model takes {self._target.max_tokens} in all"
-        if self._bytes_for(1, limit) > self._memory_bytes:
-            return "out_of_memory", f"a KV cache of {limit} tokens does not fit in {self._memory_bytes} bytes"
+        if self._num_bytes(1, limit) > self._memory_bytes:
+            needed = self._num_bytes(1, limit)
+            return "out_of_memory", f"a KV cache of {limit} tokens takes {needed} bytes; there are {self._memory_bytes}"
         return None
 
     def _prefill(self, slots: list[int]) -> None:
@@ -173,7 +187,7 @@ class TorchEngine:
         token_ids = self._ids(
             [t for s in spans for t in self._rows[s.slot].tokens[s.prefix : s.prefix + s.stop - s.start]]
         )
-        final, captured = self._target.forward(token_ids, self._layout([], spans), self._pool)
+        final, captured = self._target.forward(token_ids, self._target.layout([], spans), self._pool)
         ends = [s for s in spans if s.prefix + s.stop - s.start == len(self._rows[s.slot].tokens)]
         if ends:
             at = torch.tensor([s.stop - 1 for s in ends], device=final.device)
@@ -206,7 +220,7 @@ class TorchEngine:
         if known:
             assert self._draft_pool is not None
             selected = features[torch.tensor(at, device=features.device)]
-            draft.forward(self._ids(next_tokens), selected, self._layout([], known), self._draft_pool)
+            draft.forward(self._ids(next_tokens), selected, draft.layout([], known), self._draft_pool)
 
     def _decode_step(self) -> None:
         rows = self._rows
@@ -221,7 +235,7 @@ class TorchEngine:
             positions = [prefix + depth for depth in tree.depths]
             tiles.append(Tile(len(token_ids), slot, prefix, tree.bits, list(range(len(tree.tokens))), positions))
             token_ids += tree.tokens
-        final, captured = self._target.forward(self._ids(token_ids), self._layout(tiles, []), self._pool)
+        final, captured = self._target.forward(self._ids(token_ids), self._target.layout(tiles, []), self._pool)
         logits = self._target.logits(final)
 
         def pick(alive: list[int], nodes: list[int]) -> list[int]:
@@ -252,7 +266,7 @@ class TorchEngine:
             last.append(len(next_tokens) - 1)
             row.draft_len += num
             row.features = None
-        layout = self._layout(tiles, [], draft.config.window)
+        layout = draft.layout(tiles, [])
         out = draft.forward(self._ids(next_tokens), torch.cat(features), layout, self._draft_pool)
         # A step emits one token more than it accepts, so the last token of a row is never worth drafting.
         caps = [min(self._tree.depth, row.limit - len(row.tokens) - 1) for row in self._rows]
@@ -335,7 +349,8 @@ class TorchEngine:
         assert row.finish is not None
         request, now = row.request, time.perf_counter()
         token_ids = row.tokens[len(request.prompt_token_ids) :]
-        shown = token_ids[:-1] if token_ids[-1] in request.sampling.stop_token_ids else token_ids
+        ends = self._target.eos_token_ids.union(request.sampling.stop_token_ids)
+        shown = token_ids[:-1] if token_ids[-1] in ends else token_ids
         text = self._decode(shown)
         cut = first_stop(text, request.sampling.stop)
         return Completion(
@@ -353,13 +368,13 @@ class TorchEngine:
     def _ids(self, token_ids: Sequence[int]) -> torch.Tensor:
         return torch.tensor(token_ids, device=self._target.device)
 
-    def _layout(self, tiles: list[Tile], spans: list[Span], window: int | None = None) -> Layout:
-        return Layout.of(tiles, spans, dtype=self._target.dtype, device=self._target.device, window=window)
-
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that a new allocation could take, in bytes."""
+    """Memory that a new allocation could take, in bytes; on a CPU at most what the container may have."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    with open("/proc/meminfo") as f:  # noqa: PTH123
-        return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    limit = Path("/sys/fs/cgroup/memory.max")
+    bound = limit.read_text().strip() if limit.exists() else "max"
+    return available if bound == "max" else min(available, int(bound))

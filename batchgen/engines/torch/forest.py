@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from batchgen.engines.torch.kvcache import Layout, Pool, Tile
+from batchgen.engines.torch.kvcache import Pool, Tile
 from batchgen_kernels.tree_attention import MAX_NODES
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def grow(
             Tile(b * width, b, context[b], row_bits, columns, [context[b] - 1 + level] * width)
             for b, row_bits in enumerate(bits.tolist())
         ]
-        layout = Layout.of(tiles, [], dtype=draft.dtype, device=draft.device, window=draft.config.window)
+        layout = draft.layout(tiles, [])
         out = draft.forward(token.reshape(-1), parent_state.reshape(num_rows * width, -1), layout, pool)
         logp, children = draft.top(out, width)
         child_score = (score[:, :, None] + logp.view(num_rows, width, width)).view(num_rows, -1)

@@ -1,56 +1,58 @@
 """Keys and values of the running rows, one contiguous stretch per slot.
 
 Slots in use are always 0..R-1 (`move` fills a hole with the last row), so that attention reads a view and never a copy.
-Memory is reserved lazily: on a CPU untouched slots cost address space only. Rejected tree nodes are not cleared, they
-lie beyond every length mask and are overwritten by the next step.
+Room is made when a row is admitted, for all that it may become; rows wait while there is none. Rejected tree nodes are
+not cleared, they lie beyond every length mask and are overwritten by the next step.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from batchgen_kernels.tree_attention import MAX_NODES, Span, Tiles, tile_mask
+from batchgen_kernels.tree_attention import MAX_NODES, Span, Tiles, span_mask, tile_mask
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class Pool:
-    """Key and value pools of `num_layers` layers, each [slots, num_kv_heads, length, head_dim]."""
+    """Key and value pools of `num_layers` layers, each [slots, num_kv_heads, length, head_dim], growing on demand."""
 
     def __init__(
-        self, num_layers: int, slots: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+        self, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self._shape = (num_layers, slots, num_kv_heads)
-        self._head_dim = head_dim
+        self._num_layers, self._num_kv_heads, self._head_dim = num_layers, num_kv_heads, head_dim
         self._dtype, self._device = dtype, device
-        self.length = 0
-        self.k = self.v = self._zeros(0)
+        self.slots = self.length = 0
+        self.k = self.v = self._zeros(0, 0)
 
-    @property
-    def token_bytes(self) -> int:
-        """Bytes that one token of one slot takes, keys and values of all layers."""
-        num_layers, _, num_kv_heads = self._shape
-        return 2 * num_layers * num_kv_heads * self._head_dim * self._dtype.itemsize
+    def num_bytes(self, slots: int, length: int) -> int:
+        """Bytes that `reserve(slots, length)` comes to, keys and values of all layers."""
+        slots, length = _round(slots, length)
+        return 2 * self._num_layers * slots * self._num_kv_heads * length * self._head_dim * self._dtype.itemsize
 
-    def _zeros(self, length: int) -> torch.Tensor:
-        shape = (*self._shape, length, self._head_dim)
+    def _zeros(self, slots: int, length: int) -> torch.Tensor:
+        shape = (self._num_layers, slots, self._num_kv_heads, length, self._head_dim)
         if self._device.type == "cpu":
             # calloc: pages that no row reaches are never touched. numpy has no bfloat16, hence the view.
             raw = np.zeros(shape, dtype={2: np.int16, 4: np.int32, 8: np.int64}[self._dtype.itemsize])
             return torch.from_numpy(raw).view(self._dtype)
         return torch.zeros(shape, dtype=self._dtype, device=self._device)
 
-    def reserve(self, length: int) -> None:
-        """Make every slot hold at least `length` tokens; grows in powers of two and copies what is there."""
-        if length <= self.length:
+    def reserve(self, slots: int, length: int) -> None:
+        """Make room for `slots` rows of `length` tokens; what is there is kept. Never shrinks."""
+        slots, length = _round(max(slots, self.slots), max(length, self.length))
+        if (slots, length) == (self.slots, self.length):
             return
-        new_length = max(256, 1 << (length - 1).bit_length())
         for name in ("k", "v"):
-            grown = self._zeros(new_length)
-            grown[..., : self.length, :] = getattr(self, name)
+            grown = self._zeros(slots, length)
+            grown[:, : self.slots, :, : self.length] = getattr(self, name)
             setattr(self, name, grown)
-        self.length = new_length
+        self.slots, self.length = slots, length
 
     def write(self, layer: int, k_NKD: torch.Tensor, v_NKD: torch.Tensor, layout: Layout) -> None:
         """Scatter a pass's keys and values to their slots and pool positions, in place."""
@@ -66,6 +68,11 @@ class Pool:
         """Copy the first `num_tokens` tokens of one slot over another's, in place."""
         for pool in (self.k, self.v):
             pool[:, destination, :, :num_tokens] = pool[:, source, :, :num_tokens]
+
+
+def _round(slots: int, length: int) -> tuple[int, int]:
+    """Sizes that are grown to: few enough that growing is rare, close enough that little lies idle."""
+    return -(-slots // 8) * 8, -(-length // 256) * 256
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -92,19 +99,22 @@ class Layout:
     slot_N: torch.Tensor
     pool_position_N: torch.Tensor
     tiles: Tiles | None
-    spans: list[Span]
-    pool_length: int
+    spans: list[tuple[Span, torch.Tensor]]
 
     @staticmethod
     def of(
         tiles: list[Tile],
         spans: list[Span],
         *,
+        group: int,
         dtype: torch.dtype,
         device: torch.device,
         window: int | None = None,
     ) -> Layout:
-        """Lay out `tiles`, whose slots must be 0..R-1 in some order, and `spans`; packed tokens must not overlap."""
+        """Lay out `tiles`, whose slots must be 0..R-1 in some order, and `spans`; packed tokens must not overlap.
+
+        `group` query heads share a key/value head; `window` as in `tile_mask`.
+        """
         num_tokens = sum(len(t.bits) for t in tiles) + sum(s.stop - s.start for s in spans)
         position = np.zeros(num_tokens, np.int64)
         slot = np.zeros(num_tokens, np.int64)
@@ -122,13 +132,18 @@ class Layout:
         def tensor(a: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(a).to(device)
 
-        padded = _pad(tiles, dtype, tensor, window) if tiles else None
-        length = int(pool_position.max()) + 1
-        return Layout(tensor(position), tensor(slot), tensor(pool_position), padded, spans, length)
+        padded = _pad(tiles, group, dtype, tensor, window) if tiles else None
+        masked = [(span, span_mask(span, dtype, device, window)) for span in spans]
+        return Layout(tensor(position), tensor(slot), tensor(pool_position), padded, masked)
 
 
-def _pad(tiles: list[Tile], dtype: torch.dtype, tensor: object, window: int | None) -> Tiles:
-    assert callable(tensor)
+def _pad(
+    tiles: list[Tile],
+    group: int,
+    dtype: torch.dtype,
+    tensor: Callable[[np.ndarray], torch.Tensor],
+    window: int | None,
+) -> Tiles:
     slots = max(t.slot for t in tiles) + 1
     width = max(len(t.bits) for t in tiles)
     length = max(t.prefix + max(t.columns) for t in tiles) + 1
@@ -150,4 +165,5 @@ def _pad(tiles: list[Tile], dtype: torch.dtype, tensor: object, window: int | No
         flat.append(np.arange(tile.slot * width, tile.slot * width + n))
         packed.append(np.arange(tile.start, tile.start + n))
     mask = tile_mask(tensor(prefix), tensor(bits), tensor(position), length, dtype, window)
+    mask = mask[:, None].expand(-1, group, -1, -1).reshape(slots, 1, group * width, length)
     return Tiles(tensor(token), tensor(np.concatenate(flat)), tensor(np.concatenate(packed)), mask)

@@ -15,16 +15,17 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig,
 from transformers.cache_utils import Cache
 from transformers.utils.logging import disable_progress_bar
 
-from batchgen.engines.torch.kvcache import Layout, Pool
+from batchgen.engines.torch.kvcache import Layout, Pool, Tile
 from batchgen.engines.torch.wide import widen
 from batchgen.errors import ModelError
-from batchgen_kernels.tree_attention import tree_attention
+from batchgen_kernels.tree_attention import Span, tree_attention
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
 _ATTENTION = "batchgen_tree"
+_WAY_OUT = "use engine.kind: vllm for this model"
 
 
 class _PoolCache(Cache):
@@ -72,14 +73,20 @@ class Target:
     """A causal language model loaded from `path`, ready for packed passes.
 
     Raises:
-        ModelError: the architecture has layers that this engine cannot run; the message names `engine: vllm`.
+        ModelError: this engine cannot run the architecture, or not to the same logits; the message names the way out.
     """
 
     def __init__(self, path: Path, dtype: torch.dtype, device: torch.device) -> None:
-        config = AutoConfig.from_pretrained(path)
+        try:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            why = str(error).partition("\n")[0][:200]
+            raise ModelError(f"{path}: transformers cannot read its config ({why}); {_WAY_OUT}") from error
         _refuse_unsupported(config, path)
         disable_progress_bar()  # type: ignore[no-untyped-call]  # the job shows its own progress
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=_ATTENTION)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=_ATTENTION, trust_remote_code=False
+        )
         model.to(device).eval()
         widen(model)
         self.config = model.config
@@ -88,17 +95,51 @@ class Target:
         self.lm_head = model.get_output_embeddings()
         self.embedding: torch.Tensor = model.get_input_embeddings().weight
         self.num_layers = int(config.num_hidden_layers)
+        self._heads = int(config.num_attention_heads)
+        self._group = self._heads // (getattr(config, "num_key_value_heads", None) or self._heads)
         self.max_tokens = int(config.max_position_embeddings)
         self.eos_token_ids = _eos_token_ids(path, config)
         self._captured: dict[int, torch.Tensor] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._check(model, path)
 
-    def pool(self, slots: int) -> Pool:
+    def _check(self, model: Any, path: Path) -> None:
+        """Compare a few logits with the model's own forward pass, as transformers runs it.
+
+        Architectures that scale or cap their logits, or do not attend through the interface, load without complaint
+        and would be sampled wrongly.
+        """
+        ids = torch.arange(12, device=self.device) % self.embedding.shape[0]
+        try:
+            model.set_attn_implementation("eager")
+            with torch.no_grad():
+                own = model(input_ids=ids[None], use_cache=False).logits[0].float()
+            model.set_attn_implementation(_ATTENTION)
+            pool = self.pool()
+            pool.reserve(1, len(ids))
+            spans = [Span(0, 7, 0, 0), Span(0, 5, 0, 7)]
+            layouts = [self.layout([], [span]) for span in spans]
+            halves = [self.forward(i, at, pool)[0] for i, at in zip((ids[:7], ids[7:]), layouts, strict=True)]
+            ours = self.logits(torch.cat(halves)).float()
+        except (TypeError, KeyError, AttributeError, RuntimeError, ValueError) as error:
+            why = str(error).partition("\n")[0][:200]
+            raise ModelError(
+                f"{path}: the torch engine cannot run {type(model).__name__} ({why}); {_WAY_OUT}"
+            ) from error
+        off = float((ours - own).norm() / own.norm())
+        # Two orders of summation differ by a tenth in bfloat16 after 30 layers, and by 1e-5 in float32.
+        if not off < (0.001 if self.dtype is torch.float32 else 0.3):
+            kind = type(model).__name__
+            raise ModelError(f"{path}: the torch engine's logits of {kind} are off by {off:.1%}; {_WAY_OUT}")
+
+    def pool(self) -> Pool:
         """An empty KV pool for this model."""
-        heads = self.config.num_attention_heads
-        head_dim = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
-        kv_heads = getattr(self.config, "num_key_value_heads", None) or heads
-        return Pool(self.num_layers, slots, kv_heads, head_dim, self.dtype, self.device)
+        head_dim = getattr(self.config, "head_dim", None) or self.config.hidden_size // self._heads
+        return Pool(self.num_layers, self._heads // self._group, head_dim, self.dtype, self.device)
+
+    def layout(self, tiles: list[Tile], spans: list[Span]) -> Layout:
+        """Lay out a pass for this model."""
+        return Layout.of(tiles, spans, group=self._group, dtype=self.dtype, device=self.device)
 
     def capture(self, layers: Sequence[int]) -> None:
         """From now on `forward` also returns the residual stream after exactly these decoder layers."""
@@ -116,7 +157,6 @@ class Target:
     @torch.no_grad()
     def forward(self, token_ids: torch.Tensor, layout: Layout, pool: Pool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Final hidden states after the last norm [N, H] and the captured features side by side [N, sum H] or None."""
-        pool.reserve(layout.pool_length)
         out = self.decoder(
             input_ids=token_ids[None],
             position_ids=layout.position_N[None],
@@ -137,18 +177,24 @@ class Target:
 
 
 def _refuse_unsupported(config: Any, path: Path) -> None:
-    way_out = "use engine.kind: vllm for this model"
     kind = type(config).__name__
     if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{path}: {kind} is an encoder-decoder; the torch engine runs decoders only; {way_out}")
+        raise ModelError(f"{path}: {kind} is an encoder-decoder; the torch engine runs decoders only; {_WAY_OUT}")
+    for name, neutral in (("logits_scaling", 1), ("logit_scale", 1), ("final_logit_softcapping", None)):
+        if getattr(config, name, neutral) not in (neutral, None):
+            raise ModelError(f"{path}: {kind} changes its logits ({name}), the torch engine does not; {_WAY_OUT}")
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(f"{path}: its weights are quantized; the torch engine runs plain ones; {_WAY_OUT}")
+    if not hasattr(config, "num_hidden_layers"):
+        raise ModelError(f"{path}: {kind} is made of several models; the torch engine runs decoders only; {_WAY_OUT}")
     if getattr(config, "kv_lora_rank", None) is not None:
-        raise ModelError(f"{path}: {kind} uses latent attention (MLA), which the torch engine cannot cache; {way_out}")
+        raise ModelError(f"{path}: {kind} uses latent attention (MLA), which the torch engine cannot cache; {_WAY_OUT}")
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     if layer_types - {"full_attention"}:
         found = ", ".join(sorted(layer_types - {"full_attention"}))
-        raise ModelError(f"{path}: {kind} has {found} layers; the torch engine runs full attention only; {way_out}")
+        raise ModelError(f"{path}: {kind} has {found} layers; the torch engine runs full attention only; {_WAY_OUT}")
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        raise ModelError(f"{path}: {kind} attends through a sliding window of {config.sliding_window}; {way_out}")
+        raise ModelError(f"{path}: {kind} attends through a sliding window of {config.sliding_window}; {_WAY_OUT}")
 
 
 def _eos_token_ids(path: Path, config: Any) -> frozenset[int]:

@@ -156,7 +156,7 @@ def _aux_layers(
 def _check_fit(head: Head, path: Path, num_layers: int, hidden_size: int, vocab_size: int) -> None:
     problems = [
         *_misfits(head, num_layers, hidden_size, vocab_size),
-        *_vocabulary_misfits(head, vocab_size),
+        *_vocabulary_misfits(head, hidden_size, vocab_size),
         *_missing(head),
     ]
     if problems:
@@ -180,8 +180,10 @@ def _misfits(head: Head, num_layers: int, hidden_size: int, vocab_size: int) -> 
         yield f"it brings no embedding and is {width} wide, the target's embedding is {hidden_size}"
 
 
-def _vocabulary_misfits(head: Head, vocab_size: int) -> Iterator[str]:
+def _vocabulary_misfits(head: Head, hidden_size: int, vocab_size: int) -> Iterator[str]:
     ids, num_drafts = head.target_ids, head.config.draft_vocab_size
+    if "lm_head.weight" not in head.tensors and (ids is not None or head.config.layer.hidden_size != hidden_size):
+        yield "it brings no lm_head, and the target's gives other tokens than its drafts"
     if ids is None:
         if num_drafts != vocab_size:
             yield f"it has {num_drafts} draft tokens but no d2t, the target has {vocab_size} tokens"
@@ -191,7 +193,11 @@ def _vocabulary_misfits(head: Head, vocab_size: int) -> Iterator[str]:
 
 def _missing(head: Head) -> Iterator[str]:
     config = head.config
-    needed = ["norm.weight", "layers.0.self_attn.q_proj.weight", "layers.0.hidden_norm.weight"]
+    needed = ["norm.weight", "layers.0.hidden_norm.weight"]
+    for layer in range(config.layer.num_hidden_layers):
+        needed += [f"layers.{layer}.{norm}.weight" for norm in ("input_layernorm", "post_attention_layernorm")]
+        needed += [f"layers.{layer}.self_attn.{name}_proj.weight" for name in "qkvo"]
+        needed += [f"layers.{layer}.mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
     if config.aux_layers:
         needed.append("fc.weight")
     if config.norm_before_fc:

@@ -63,15 +63,20 @@ class Reference:
         gate = torch.nn.functional.silu(z @ self.w[p + "mlp.gate_proj.weight"].T)
         return y + (gate * (z @ self.w[p + "mlp.up_proj.weight"].T)) @ self.w[p + "mlp.down_proj.weight"].T
 
-    def drafts(self, tokens: list[int], states: list[torch.Tensor], depth: int) -> list[int]:
-        """The greedy chain after `tokens`, whose last token the target has not seen; states cover all before it."""
-        hidden, shifted, drafted = self.features(states), tokens[1:], []
+    def drafts(self, tokens: list[int], states: list[torch.Tensor], depth: int) -> tuple[list[int], list[float]]:
+        """The greedy chain after `tokens`, and the log-probability of each of its tokens.
+
+        The target has not seen the last of `tokens`; `states` cover all before it.
+        """
+        hidden, shifted, drafted, logps = self.features(states), tokens[1:], [], []
         for _ in range(depth):
             z = self.layer(shifted, hidden)[-1:]
             normed = self.rms(z, "norm.weight")
-            draft_id = int((normed @ self.w["lm_head.weight"].T).argmax())
+            logp = (normed @ self.w["lm_head.weight"].T).log_softmax(-1)[0]
+            draft_id = int(logp.argmax())
+            logps.append(float(logp[draft_id]))
             token = draft_id + int(self.w["d2t"][draft_id]) if "d2t" in self.w else draft_id
             drafted.append(token)
             shifted = [*shifted, token]
             hidden = torch.cat([hidden, normed if self.c["norm_output"] else z])
-        return drafted
+        return drafted, logps

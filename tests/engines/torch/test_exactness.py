@@ -135,6 +135,8 @@ def test_end_of_sequence_inside_an_accepted_path_ends_the_row(bench):
     assert ended
     assert all(c.token_ids[-1] == 2 and 2 not in c.token_ids[:-1] for c in ended)
     assert not any("<|im_end|>" in c.text for c in ended)
+    inside = [c for c in ended if len(c.token_ids) - 1 - c.acceptance.accepted_tokens == c.acceptance.target_steps - 1]
+    assert inside, "some end token was a draft, and no bonus token followed it"
 
 
 def test_max_tokens_is_never_passed_nor_drafted_past(bench, prompts):

@@ -117,10 +117,14 @@ def test_sampled_trees_follow_the_targets_distribution(seed, sampling):
     pairs = [(w.tokens[0], second[r] if r in second else w.tokens[1]) for r, w in enumerate(walks)]
 
     def p_of(logits: torch.Tensor) -> np.ndarray:
-        ids, weights = verify.processed_logits(logits, sampling)
-        p = np.zeros(vocabulary)
-        p[ids.numpy()] = torch.softmax(weights.double(), 0).numpy()
-        return p
+        """Temperature, top-k and top-p written out by sorting; no ties in these logits."""
+        p = torch.softmax(logits.double() / sampling.temperature, 0).numpy()
+        order = np.argsort(-p)[: sampling.top_k]
+        before = np.cumsum(p[order] / p[order].sum()) - p[order] / p[order].sum()
+        order = order[before < sampling.top_p]
+        kept = np.zeros(vocabulary)
+        kept[order] = p[order] / p[order].sum()
+        return kept
 
     expected = np.outer(p_of(table[vocabulary]), np.ones(vocabulary)) * np.stack([p_of(table[v]) for v in range(6)])
     observed = np.zeros((vocabulary, vocabulary))
@@ -168,6 +172,12 @@ def test_survivors_are_the_smallest_likeliest_set(logits, temperature, top_k, to
     assert torch.allclose(weights, row[ids] / temperature)
     outside = [i for i in range(len(logits)) if i not in ids.tolist()]
     assert not outside or row[outside].max() < row[ids].min(), "no survivor is less likely than one that fell"
+    whole = torch.softmax(torch.sort(row.double() / temperature, descending=True).values[:top_k], 0)
+    if top_k is None or row.unique().numel() == len(logits):  # ties at the k-th change what top-p is taken of
+        kept = whole[: len(ids)]
+        assert kept.sum() >= min(top_p, 1.0) - 1e-5, "what survives reaches top_p"
+        above = kept[kept > kept[-1] * (1 + 1e-5)].sum()
+        assert top_p == 1.0 or above < top_p + 1e-5, "and nothing less would"
     if top_k is not None:
         ties = sum(float(x) == float(row[ids].min()) for x in row[ids])
         assert len(ids) <= top_k - 1 + ties
@@ -179,3 +189,12 @@ def test_temperature_zero_is_the_argmax():
     logits = torch.randn(50, 100, generator=torch.Generator().manual_seed(0))
     draws = [verify.Draw(Sampling(), verify.noise_key(0, str(i), 0), 0) for i in range(50)]
     assert verify.draw(logits, draws) == logits.argmax(-1).tolist()
+
+
+def test_a_flat_distribution_keeps_more_than_the_first_guess():
+    logits = torch.zeros(5000).index_fill_(0, torch.arange(0, 5000, 2), 0.1)
+    ids, _ = verify.processed_logits(logits, Sampling(temperature=1.0, top_p=0.5))
+    p = torch.softmax(logits.double(), 0)
+    assert (ids % 2 == 0).all()
+    assert len(ids) == 2500
+    assert p[ids].sum() > 0.5
