@@ -303,10 +303,10 @@ def _own_output(job: Job, columns: list[str], *, mix: bool) -> None:
             f"--mix to keep both in one folder"
         )
     if theirs.get("rows_per_part") != mine["rows_per_part"]:
-        found, wanted = theirs.get("rows_per_part"), mine["rows_per_part"]
+        rows, wanted = theirs.get("rows_per_part"), mine["rows_per_part"]
         raise OutputConflictError(
-            f"{job.output}: its parts hold {found} rows each; checkpoint.rows_per_part {wanted} would write "
-            f"the same rows again; keep {found}, or {elsewhere}"
+            f"{job.output}: its parts hold {rows} rows each; checkpoint.rows_per_part {wanted} would write "
+            f"the same rows again; keep {rows}, or {elsewhere}"
         )
     doubled = plan.strangers(job.sink, write.parts(job.sink, job.output), job.plan)
     if doubled:
