@@ -46,7 +46,7 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, package_name="batchgen")
 def main() -> None:
-    r"""Turn a table of prompts into a table of completions, with a target model and its EAGLE-3 draft head.
+    """Turn a table of prompts into a table of completions, with a target model and its EAGLE-3 draft head.
 
     \b
     batchgen plan jobs/quickstart.yaml      what would run
@@ -56,7 +56,7 @@ def main() -> None:
     \b
     Exit codes: 0 done; 1 too many error rows, or rows are missing; 2 bad job file, input or model;
     73 the output holds another job's rows; 75 drained, run the same command again.
-    """
+    """  # noqa: D301  # click reads the backspace itself
 
 
 @main.command()

@@ -13,7 +13,7 @@ import time
 from typing import TYPE_CHECKING
 
 from batchgen import read, record, screen, write
-from batchgen.errors import AcceptanceError, DrainedError, StoreError
+from batchgen.errors import AcceptanceError, DrainedError, OutputConflictError, StoreError
 from batchgen.journal import Journal
 from batchgen.record import Request
 
@@ -193,6 +193,12 @@ class Worker:
                     key = (shard.key, row.index, sample)
                     self._rows[key] = (opened, row)
                     yield Request(key, row.row_id, sample, row.prompt_token_ids, row.sampling)
+            unknown = {row_id for row_id, _ in opened.journal.done}.difference(opened.order)
+            if unknown:
+                raise OutputConflictError(
+                    f"{self._task.output}: the journal of {shard.part_name} holds row {min(unknown)!r}, which {shard.file} "
+                    f"does not have; without input.id rows are named by their place below input.path: put that back"
+                )
             opened.read = True
             yield None
 

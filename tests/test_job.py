@@ -342,6 +342,16 @@ def test_a_job_on_a_bucket_is_the_same_job(gcs_folder, tmp_path):
     assert "1 of 1 done" in status.stdout
 
 
+def test_help_says_what_to_run_and_what_exit_codes_mean():
+    shown = batchgen("--help").stdout
+    for line in (
+        "  batchgen plan jobs/quickstart.yaml      what would run\n",
+        "  Exit codes: 0 done;",
+        "  73 the output holds another job's rows; 75 drained, run the same command again.\n",
+    ):
+        assert line in shown
+
+
 def test_the_example_jobs_are_valid(monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("BATCHGEN_BUCKET", "some-bucket")
