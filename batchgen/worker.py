@@ -196,8 +196,8 @@ class Worker:
             unknown = {row_id for row_id, _ in opened.journal.done}.difference(opened.order)
             if unknown:
                 raise OutputConflictError(
-                    f"{self._task.output}: the journal of {shard.part_name} holds row {min(unknown)!r}, which {shard.file} "
-                    f"does not have; without input.id rows are named by their place below input.path: put that back"
+                    f"{self._task.output}: the journal of {shard.part_name} holds row {min(unknown)!r}, {shard.file} "
+                    f"has no such row; without input.id rows are named by their place below input.path: put that back"
                 )
             opened.read = True
             yield None
