@@ -168,7 +168,7 @@ def test_any_standard_decoder_gives_the_tokens_of_transformers(tmp_path, kind):
     ("kind", "changes", "words"),
     [
         ("mistral", {"sliding_window": 64}, "sliding"),
-        ("gemma2", {"head_dim": 8}, "sliding"),
+        ("gemma2", {"head_dim": 8}, "final_logit_softcapping"),
     ],
 )
 def test_a_model_that_the_torch_engine_cannot_run_is_refused_with_the_way_out(tmp_path, kind, changes, words):
