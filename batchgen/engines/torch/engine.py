@@ -145,17 +145,22 @@ class TorchEngine:
         return sum(pool.num_bytes(num_rows, limit + MAX_NODES) for pool in pools)
 
     def _reserve(self, num_rows: int, limit: int) -> bool:
-        """Make room for one row more, if the bound allows it."""
-        slots, length = max(num_rows, self._pool.slots), max(limit, self._pool.length - MAX_NODES)
-        if self._num_bytes(slots, length) > self._memory_bytes:
+        """Make room for one row more, if the bound allows it; at best for all that wait, since growing copies."""
+        if not self._fits(num_rows, limit):
             if num_rows > 1:
                 return False
             # Nothing runs: pools that were shaped for other rows make way.
             self._pool = self._target.pool()
             self._draft_pool = self._draft.pool() if self._draft is not None else None
+        wanted = min(self.capacity, len(self._rows) + len(self._waiting))
+        slots = wanted if self._fits(wanted, limit) else num_rows
         for pool in filter(None, (self._pool, self._draft_pool)):
-            pool.reserve(num_rows, limit + MAX_NODES)
+            pool.reserve(slots, limit + MAX_NODES)
         return True
+
+    def _fits(self, num_rows: int, limit: int) -> bool:
+        slots, length = max(num_rows, self._pool.slots), max(limit, self._pool.length - MAX_NODES)
+        return self._num_bytes(slots, length) <= self._memory_bytes
 
     def _problem(self, request: Request, limit: int) -> tuple[str, str] | None:
         num_prompt = len(request.prompt_token_ids)
