@@ -248,6 +248,7 @@ for ref in sys.argv[3:]:
 print(json.dumps(answers))
 """
     local = {"HF_ENDPOINT": endpoint, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    local |= {"HF_HUB_OFFLINE": "0"}  # nox sets it for every other test: this server is on loopback
     command = [sys.executable, "-c", code, str(cache), str(weights), *refs]
     done = subprocess.run(command, env=os.environ | local | env, capture_output=True, text=True, check=True, cwd="/")
     return json.loads(done.stdout)
