@@ -1,0 +1,50 @@
+"""Accepted tree nodes move next to their prefix in the KV pool, in all layers at once.
+
+A node of depth d has the rotary position of pool position prefix + d, whichever column it was drafted in, so keys move
+as they are. Rejected nodes stay behind as garbage beyond every length.
+
+Shape legend: layers, S slots, K key/value heads, L pool length, D head size, M moves.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from batchgen_kernels.dispatch import on_triton
+
+if TYPE_CHECKING:
+    import torch
+
+
+def compact_reference(
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    slot_M: torch.Tensor,
+    source_M: torch.Tensor,
+    destination_M: torch.Tensor,
+) -> None:
+    """What `compact` does; indexing gathers every source before it writes a destination."""
+    real = slot_M >= 0
+    slot, source, destination = slot_M[real], source_M[real], destination_M[real]
+    for pool in (k_pool, v_pool):
+        pool[:, slot, :, destination] = pool[:, slot, :, source]
+
+
+def compact(
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    slot_M: torch.Tensor,
+    source_M: torch.Tensor,
+    destination_M: torch.Tensor,
+) -> None:
+    """Copy position `source` of `slot` to `destination`, in place, in both pools [layers, S, K, L, D].
+
+    The moves are int64. Those of one slot come with sources and destinations strictly ascending and destination <=
+    source; they may stand apart and overlap. A negative slot is no move.
+    """
+    if not on_triton(k_pool):
+        compact_reference(k_pool, v_pool, slot_M, source_M, destination_M)
+        return
+    from batchgen_kernels.triton_compaction import compact as launch
+
+    launch(k_pool, v_pool, slot_M, source_M, destination_M)

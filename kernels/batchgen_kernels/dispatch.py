@@ -1,0 +1,31 @@
+"""Which of an operation's two forms runs: its Triton kernel on CUDA tensors, its plain-torch reference elsewhere.
+
+Every operation is a public function and a `*_reference` in `<name>.py`, which needs torch alone, and a kernel in
+`triton_<name>.py`, imported at the first call that wants it: without triton the package still imports and runs on CPUs.
+float64 always takes the reference, which is then the yardstick for both.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+# Send CPU tensors to the kernels too, which works under Triton's interpreter only. A module flag rather than a look at
+# the variable in every call: tests/kernels switch it on for themselves and leave the rest of their process alone.
+interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+
+if interpreted:
+    from batchgen_kernels.interpreter import repair
+
+    repair()
+
+
+def on_triton(x: torch.Tensor) -> bool:
+    """Whether an operation on `x`, and on what lies beside it, is the Triton kernel's."""
+    return (x.is_cuda or interpreted) and x.dtype is not torch.float64
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """`x` in the dtype that references compute in: float32, or float64 where it is that already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,61 @@
+"""Rotary embedding of a merged QKV row, and keys and values into their pools, in one pass over the row.
+
+Half-rotation RoPE over the whole head, as transformers' `apply_rotary_pos_emb`, products and sum each rounded to the
+model dtype. Norms of queries and keys come before: `norm.rms_norm` of a view of the row, written back to that view.
+Interleaved rotations (GPT-J's) and partial ones are other functions.
+
+Shape legend: N packed tokens, H query heads, K key/value heads, D head size, S slots, L pool length.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from batchgen_kernels.dispatch import on_triton
+
+
+def rope_and_store_reference(
+    qkv: torch.Tensor,
+    cos_ND: torch.Tensor,
+    sin_ND: torch.Tensor,
+    k_SKLD: torch.Tensor,
+    v_SKLD: torch.Tensor,
+    slot_N: torch.Tensor,
+    position_N: torch.Tensor,
+    num_heads: int,
+) -> torch.Tensor:
+    """What `rope_and_store` computes."""
+    num_kv, head_dim = k_SKLD.shape[1], k_SKLD.shape[3]
+    heads = qkv.view(qkv.shape[0], num_heads + 2 * num_kv, head_dim)
+    qk, v = heads[:, : num_heads + num_kv], heads[:, num_heads + num_kv :]
+    low, high = qk.chunk(2, -1)
+    cos, sin = cos_ND.to(qkv.dtype)[:, None], sin_ND.to(qkv.dtype)[:, None]
+    rotated = qk * cos + torch.cat((-high, low), -1) * sin
+    real = slot_N >= 0
+    k_SKLD[slot_N[real], :, position_N[real]] = rotated[real, num_heads:]
+    v_SKLD[slot_N[real], :, position_N[real]] = v[real]
+    return rotated[:, :num_heads].contiguous()
+
+
+def rope_and_store(
+    qkv: torch.Tensor,
+    cos_ND: torch.Tensor,
+    sin_ND: torch.Tensor,
+    k_SKLD: torch.Tensor,
+    v_SKLD: torch.Tensor,
+    slot_N: torch.Tensor,
+    position_N: torch.Tensor,
+    num_heads: int,
+) -> torch.Tensor:
+    """Write rotated keys, and values, to [slot, :, position] of the pools in place; return rotated queries [N, H, D].
+
+    qkv: [N, (H + 2K) * D] contiguous, in the pools' dtype: query heads, then key heads, then value heads
+    cos_ND, sin_ND: contiguous, rounded to that dtype if they are wider
+    slot_N: int64; a token of negative slot is padding and is stored nowhere (its query is computed all the same)
+    position_N: int64 places in the pool, which need not be rotary positions; no two tokens share slot and position
+    """
+    if not on_triton(qkv):
+        return rope_and_store_reference(qkv, cos_ND, sin_ND, k_SKLD, v_SKLD, slot_N, position_N, num_heads)
+    from batchgen_kernels.triton_rope import rope_and_store as launch
+
+    return launch(qkv, cos_ND, sin_ND, k_SKLD, v_SKLD, slot_N, position_N, num_heads)

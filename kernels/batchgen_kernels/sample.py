@@ -1,0 +1,72 @@
+"""One token per row of logits: the argmax, or a draw by Gumbel-max with the noise of `gumbel.gumbel_noise`.
+
+Top-k and top-p arrive as a threshold on logits / temperature, so that nothing here is sorted and the set of survivors
+does not depend on the order of equal logits. The integer part of the noise is the same everywhere, bit for bit. Its
+logarithms differ by rounding between devices: a draw is the same on two of them unless two tokens tie to within that.
+
+Shape legend: N rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from batchgen_kernels.dispatch import on_triton
+
+_M32 = 0xFFFFFFFF
+
+
+def _mix32(x: torch.Tensor) -> torch.Tensor:
+    """`gumbel._mix32`."""
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _M32
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _M32
+    return x ^ (x >> 16)
+
+
+def _noise(first: torch.Tensor, second: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    """`gumbel.gumbel_noise`, float32, of token ids and the two words of their rows, all int64 of one shape."""
+    bits = _mix32(_mix32((token * 0x9E3779B1 + first) & _M32) ^ second)
+    v = (bits.to(torch.float32) + 0.5) * 2.0**-32
+    return -torch.log(-torch.log1p(-v.clamp(max=1.0 - 2.0**-24)))
+
+
+def gumbel_argmax_reference(
+    logits_NV: torch.Tensor,
+    temperature_N: torch.Tensor,
+    threshold_N: torch.Tensor,
+    first_N: torch.Tensor,
+    second_N: torch.Tensor,
+) -> torch.Tensor:
+    """What `gumbel_argmax` computes. Noise is made for survivors only."""
+    tokens = logits_NV.argmax(-1)
+    drawn = (temperature_N > 0).nonzero()[:, 0]
+    if len(drawn):
+        scaled = logits_NV[drawn].float() / temperature_N[drawn, None]
+        row, token = (scaled >= threshold_N[drawn, None]).nonzero(as_tuple=True)
+        noisy = torch.full_like(scaled, float("-inf"))
+        noisy[row, token] = scaled[row, token] + _noise(first_N[drawn][row], second_N[drawn][row], token)
+        tokens[drawn] = noisy.argmax(-1)
+    return tokens
+
+
+def gumbel_argmax(
+    logits_NV: torch.Tensor,
+    temperature_N: torch.Tensor,
+    threshold_N: torch.Tensor,
+    first_N: torch.Tensor,
+    second_N: torch.Tensor,
+) -> torch.Tensor:
+    """Token ids, int64 [N]; of equal maxima the first, as torch.argmax on CPU.
+
+    logits_NV: contiguous rows, any float dtype, no NaN
+    temperature_N: float32; 0 is the argmax of the logits, whatever the other arguments
+    threshold_N: float32, the least logits / temperature that may be drawn, -inf for all, at most the row's maximum. It
+        must come from `logits.float() / temperature_tensor`: torch on CUDA divides by a Python number through its
+        reciprocal, whose rounding may put the last survivor below its own threshold.
+    first_N, second_N: int64, the two words of `gumbel.position_words`
+    """
+    if not on_triton(logits_NV):
+        return gumbel_argmax_reference(logits_NV, temperature_N, threshold_N, first_N, second_N)
+    from batchgen_kernels.triton_sample import gumbel_argmax as launch
+
+    return launch(logits_NV, temperature_N, threshold_N, first_N, second_N)

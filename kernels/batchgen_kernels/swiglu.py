@@ -1,0 +1,32 @@
+"""The gated activation between an MLP's two projections.
+
+Rounded as in transformers' LlamaMLP, `act_fn(gate) * up`: silu in float32, then to the model dtype, then the product.
+
+Shape legend: N rows, I intermediate width; 2I is the gate's columns and then the up projection's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch.nn.functional import silu
+
+from batchgen_kernels.dispatch import on_triton, wide
+
+if TYPE_CHECKING:
+    import torch
+
+
+def swiglu_reference(gate_up_N2I: torch.Tensor) -> torch.Tensor:
+    """What `swiglu` computes."""
+    gate, up = gate_up_N2I.chunk(2, -1)
+    return silu(wide(gate)).to(gate.dtype) * up
+
+
+def swiglu(gate_up_N2I: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, [N, I] in the dtype of the contiguous `gate_up_N2I`."""
+    if not on_triton(gate_up_N2I):
+        return swiglu_reference(gate_up_N2I)
+    from batchgen_kernels.triton_swiglu import swiglu as launch
+
+    return launch(gate_up_N2I)
