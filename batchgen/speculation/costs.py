@@ -1,7 +1,7 @@
-"""What generation cost on this machine when it was last measured, for estimates before a job runs.
+"""What generation costs on this machine: whole runs for estimates before a job, single passes for decisions within it.
 
-One small JSON file a (device, target, head, dtype, batch size, version); a damaged or missing one is simply not there.
-Floor 2 and standard library only, like all of `speculation`, so that it runs wherever the engines do.
+One small JSON file a kind and (device, target, head, dtype, batch size, version); a damaged or missing one is simply
+not there. Floor 2, standard library and numpy only, so that planning loads no torch.
 """
 
 from __future__ import annotations
@@ -10,10 +10,24 @@ import dataclasses
 import hashlib
 import json
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
     from pathlib import Path
+
+    from numpy.typing import NDArray
+
+T = TypeVar("T")
+M = TypeVar("M", float, "NDArray[Any]")
+N = TypeVar("N", float, "NDArray[Any]")
+
+# How far one measurement moves the grid points beside it, in log seconds per log ratio: noise of 10 % leaves 2 %.
+RATE = 0.1
+# A pass that took more than this much longer or shorter than expected says that something else took place.
+MAX_RATIO = 3.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -25,20 +39,127 @@ class Cost:
     num_rows: int
 
 
+class Table:
+    """Seconds of a pass by packed tokens and by total context tokens; monotone in both.
+
+    Linear between the measured points, constant below the first, and above the last on with the last slope (of a single
+    point: through the origin, lest a pass of any size look as cheap). Context adds `per_context_token` each.
+    """
+
+    def __init__(self, tokens: Sequence[int], seconds: Sequence[float], per_context_token: float = 0.0) -> None:
+        self._tokens = np.array(tokens, np.float64)
+        self._seconds = np.array(seconds, np.float64)
+        self._per_context_token = float(per_context_token)
+        if self._tokens.ndim != 1 or self._tokens.shape != self._seconds.shape or not len(self._tokens):
+            raise ValueError("a table needs one duration for each of at least one count of tokens")
+        if not (np.diff(self._tokens, prepend=0) >= 1).all():
+            raise ValueError("counts of tokens must increase from 1 or more")
+        if not (np.isfinite([*self._tokens, *self._seconds]).all() and 0 <= self._per_context_token < np.inf):
+            raise ValueError("durations must be finite, and context must not make a pass faster")
+        # A nanosecond at least: `refine` multiplies.
+        self._seconds = np.maximum.accumulate(np.maximum(self._seconds, 1e-9))
+
+    def __call__(self, tokens: N, context: int = 0) -> N:
+        """Seconds of a pass over `tokens`, or of one pass for each; no pass, no time."""
+        num = np.asarray(tokens, np.float64)
+        within = np.interp(num, self._tokens, self._seconds)
+        beyond = np.maximum(num - self._tokens[-1], 0.0) * self._last_slope()
+        seconds = np.where(num > 0, within + beyond + self._per_context_token * context, 0.0)
+        return seconds if isinstance(tokens, np.ndarray) else float(seconds)
+
+    def refine(self, tokens: int, context: int, seconds: float) -> None:
+        """Learn from a pass that was timed: move the points beside `tokens` toward it, in proportion to nearness."""
+        if tokens <= 0:
+            return
+        ratio = float(np.clip(seconds / self(tokens, context), 1 / MAX_RATIO, MAX_RATIO))
+        share = np.zeros_like(self._seconds)
+        if tokens > self._tokens[-1]:
+            share[-2:] = 1.0  # both, so that the slope beyond them scales too
+        else:
+            share = np.array([np.interp(tokens, self._tokens, unit) for unit in np.eye(len(share))])
+        moved = np.maximum(self._seconds * ratio ** (RATE * share), 1e-9)
+        # What is now out of order is further from the measurement than the points it moved: they carry it along.
+        if ratio > 1:
+            self._seconds = np.maximum.accumulate(moved)
+        else:
+            self._seconds = np.minimum.accumulate(moved[::-1])[::-1]
+
+    def as_json(self) -> dict[str, Any]:
+        """The arguments that make this table."""
+        return {
+            "tokens": self._tokens.astype(int).tolist(),
+            "seconds": self._seconds.tolist(),
+            "per_context_token": self._per_context_token,
+        }
+
+    def _last_slope(self) -> float:
+        if len(self._tokens) == 1:
+            return float(self._seconds[0] / self._tokens[0])
+        return float((self._seconds[-1] - self._seconds[-2]) / (self._tokens[-1] - self._tokens[-2]))
+
+
+@dataclasses.dataclass(slots=True)
+class Costs:
+    """Seconds of the passes that a step is made of.
+
+    `verify`: the target over packed nodes; `level`: one level of drafting over the nodes it expands; `extend`: the
+    head's catch-up over tokens that were kept; `fixed`: whatever else every step does.
+    """
+
+    verify: Table
+    level: Table
+    extend: Table
+    fixed: float
+
+    def step(self, *, rows: int, extend_tokens: M, level_tokens: Sequence[int], nodes: N, context: int) -> N:
+        """Seconds of a step that verifies `nodes`, the `rows` roots among them, or of one step for each count.
+
+        `extend_tokens` may be an array only with `nodes`; 0 of them and no `level_tokens` make a plain step.
+        """
+        assert np.min(nodes) >= rows, "every row verifies at least its root"
+        levels = float(self.level(np.array(level_tokens), context).sum())
+        seconds: Any = self.extend(extend_tokens, context) + levels + self.verify(nodes, context) + self.fixed
+        return cast("N", seconds)
+
+
 def load(folder: Path, key: str) -> Cost | None:
     """The cost last saved under `key`, if there is one."""
-    try:
-        return Cost(**json.loads(_file(folder, key).read_text()))
-    except (OSError, ValueError, TypeError):
-        return None
+    return _load(folder, key, lambda found: Cost(**found))
 
 
 def save(folder: Path, key: str, cost: Cost) -> None:
     """Remember `cost` under `key`, replacing what was there at once."""
+    _save(folder, key, dataclasses.asdict(cost))
+
+
+def load_costs(folder: Path, key: str) -> Costs | None:
+    """The costs of passes last saved under `key`, if there are any."""
+    return _load(folder, f"passes|{key}", _costs)
+
+
+def save_costs(folder: Path, key: str, costs: Costs) -> None:
+    """Remember the costs of passes under `key`, beside what `save` keeps there."""
+    tables = {name: getattr(costs, name).as_json() for name in ("verify", "level", "extend")}
+    _save(folder, f"passes|{key}", tables | {"fixed": costs.fixed})
+
+
+def _costs(found: dict[str, Any]) -> Costs:
+    tables = {name: Table(**found[name]) for name in ("verify", "level", "extend")}
+    return Costs(**tables, fixed=float(found["fixed"]))
+
+
+def _load(folder: Path, key: str, build: Callable[[dict[str, Any]], T]) -> T | None:
+    try:
+        return build(json.loads(_file(folder, key).read_text()))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _save(folder: Path, key: str, facts: dict[str, Any]) -> None:
     file = _file(folder, key)
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(dataclasses.asdict(cost)))
+    temporary.write_text(json.dumps(facts))
     temporary.replace(file)
 
 

@@ -1,0 +1,81 @@
+"""One budget of nodes for all running rows: which of everything that was drafted is verified in this step.
+
+The expected tokens of a step are a root per row plus the path probabilities of the verified nodes. A child is at most
+as likely as its parent, so any prefix of all candidates of all rows in falling order is a set of trees, and no set of
+its size is expected to yield more (TETRIS, arXiv 2502.15197, for chains; OPT-Tree, arXiv 2406.17276, for one tree).
+What is left is the size, and since costs have steps every permitted one is tried (as vLLM's adaptive verification does
+for chains, PR 47808).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+
+def select(
+    path: torch.Tensor,
+    *,
+    row_caps: torch.Tensor | None,
+    sizes: Sequence[int],
+    cost: Callable[[NDArray[np.int64]], NDArray[np.float64]],
+    throughput: float | None,
+) -> torch.Tensor:
+    """The nodes to verify, bool [B, P]: a node is chosen only with its parent, and none of probability 0.
+
+    `path` float32 [B, P] is the calibrated probability that each candidate is kept; parents stand left of their
+    children and are at least as likely; what may not be used is 0. `row_caps` [B] bounds each row's nodes. `sizes` are
+    the packed node counts, roots included, that passes are padded to: a pass pays for its whole size, and the chosen
+    one is filled as far as there are candidates; empty permits every count. Where none holds the roots, nothing is
+    chosen. `cost` is the seconds of passes over packed counts, `throughput` in tokens per second; None takes the best
+    ratio of this step alone, and `cost` must then be of the whole step. Waits once for the device of `path`.
+    """
+    num_rows, num_candidates = path.shape
+    if row_caps is not None:
+        path = torch.where(_rank_in_row(path) < row_caps[:, None], path, 0.0)
+    # The size needs only the values, in which numpy's sort is ten times faster than one that keeps places.
+    falling = np.sort(path.cpu().numpy(), axis=None)[::-1]
+    falling = falling[: np.count_nonzero(falling > 0)]
+    gains = num_rows + np.concatenate([[0.0], np.cumsum(falling, dtype=np.float64)])
+    packed = np.array([size for size in sizes if size >= num_rows], np.int64)
+    if not sizes:
+        packed = num_rows + np.arange(len(gains), dtype=np.int64)
+    elif not len(packed):
+        packed = np.array([num_rows], np.int64)
+    num_nodes = np.minimum(packed - num_rows, len(falling))
+    seconds = cost(packed)
+    if throughput is None:
+        throughput = best_ratio(gains[num_nodes], seconds)
+    num_chosen = int(num_nodes[np.argmax(gains[num_nodes] - throughput * seconds)])
+    if num_chosen == 0:
+        return torch.zeros_like(path, dtype=torch.bool)
+    least = float(falling[num_chosen - 1])
+    num_ties = num_chosen - int(np.count_nonzero(falling > least))
+    # Of equals the shallower ones of all rows: a child ties with a parent that is certain to lead to it.
+    by_level = path.t().reshape(-1)
+    ties = by_level == least
+    chosen: torch.Tensor = (by_level > least) | (ties & (ties.cumsum(0) <= num_ties))
+    return chosen.view(num_candidates, num_rows).t().contiguous()
+
+
+def best_ratio(gains: NDArray[np.float64], seconds: NDArray[np.float64]) -> float:
+    """The most tokens per second that any one choice gives.
+
+    That is Dinkelbach's fixed point, the throughput at which the best of `gains - throughput * seconds` is 0; with all
+    choices at hand it needs no iterating.
+    """
+    return float((gains / seconds).max())
+
+
+def _rank_in_row(path: torch.Tensor) -> torch.Tensor:
+    """The place of each candidate in its row's falling order, ties by column."""
+    order = path.sort(dim=1, descending=True, stable=True).indices
+    place = torch.arange(path.shape[1], device=path.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, place)

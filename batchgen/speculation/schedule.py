@@ -1,0 +1,176 @@
+"""How deep and wide to draft in the next step, before anything of it is known: by what recent drafts would have given.
+
+Now and then a step *explores*: it drafts with the largest shape, and what it found tells what every smaller one would
+have (`hindsight`). For the rows of the next step the recorded rows stand as a sample, which gives the tokens expected
+of any number of verified nodes; the costs of passes give the seconds.
+
+Shapes are compared as if they went on forever: the head then catches up on what a step of that shape keeps. After plain
+steps far more may be pending, and a step that looked only at itself would never draft again. That debt is paid
+once, so a shape bears a share of it, as if it were repaid over `REPAY_STEPS` steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from batchgen.speculation.hindsight import Hindsight
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from batchgen.speculation.costs import Costs
+
+REPAY_STEPS = 64
+EXPLORE_SHARE = 0.01
+# Steps between two explorations, and between two looks at the same question.
+EXPLORE_STEPS = DECISION_STEPS = 32
+# Before exploring has to be paid for: the first row of a small batch may be nothing like the next, and the first step
+# of a large one is judged by a calibration that has seen nothing.
+FIRST_ROWS, FIRST_STEPS = 16, 4
+# Steps that make a throughput, and steps that it remembers.
+WARM_STEPS, MEMORY_STEPS = 4, 64
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Draft:
+    """How deep and wide to draft; `Draft(0, 0)` is a plain step."""
+
+    depth: int
+    width: int
+
+    def level_tokens(self, rows: int) -> list[int]:
+        """Tokens of each pass of the head after the catch-up, whose own output already gives the first level."""
+        return [rows * self.width] * (self.depth - 1)
+
+
+PLAIN = Draft(0, 0)
+# Of equals the first is taken, so cheap ones stand first. Width 2 and 4 begin at depth 1, where they cost no pass.
+SHAPES = (PLAIN, *(Draft(depth + 1, width) for width, depths in ((1, 6), (2, 5), (4, 6)) for depth in range(depths)))
+
+
+class Schedule:
+    """Chooses the shape of each step, and which steps explore.
+
+    A step is `next`, then `record` if it explores, then `spent`.
+    """
+
+    def __init__(self, costs: Costs, shapes: Sequence[Draft] = SHAPES) -> None:
+        self._costs, self._shapes = costs, tuple(shapes)
+        self._largest = Draft(max(s.depth for s in shapes), max(s.width for s in shapes))
+        self._seen = Hindsight([s.width for s in shapes if s != PLAIN])
+        self._decided: dict[tuple[object, ...], tuple[Draft, int]] = {}
+        self._calls = self._num_recorded = 0
+        self._allowance_s, self._since = 0.0, EXPLORE_STEPS
+
+    def next(
+        self, *, rows: int, context: int, extend_tokens: int, throughput: float | None, max_depth: int
+    ) -> tuple[Draft, bool]:
+        """The shape of this step, and whether it explores: if so, `record` wants what it drafts. Arguments of `choose`.
+
+        The first `FIRST_STEPS` explore, and more until `FIRST_ROWS` rows are on record. From then on one may take
+        longer than the step that was chosen by at most `EXPLORE_SHARE` of all time since the last one. Its excess is
+        predicted from the costs and includes the head's catch-up when drafting is off, so with much pending it waits.
+        """
+        chosen = self.choose(rows, context, extend_tokens, throughput, max_depth)
+        largest = self._largest_within(max_depth)
+        self._since += 1
+        if largest == PLAIN:
+            return chosen, False
+        if self._num_recorded >= FIRST_STEPS and self._seen.num_rows >= FIRST_ROWS:
+            excess = self._drafting_s(largest, rows, context, extend_tokens)
+            excess -= self._drafting_s(chosen, rows, context, extend_tokens)
+            near_end = max_depth < self._seen.depth  # all rows are: nothing to learn for those that follow
+            if near_end or self._since < EXPLORE_STEPS or excess > self._allowance_s:
+                return chosen, False
+        # Nothing is carried over: savings of an hour must not buy a minute of exploring.
+        self._allowance_s, self._since = 0.0, 0
+        return largest, True
+
+    def spent(self, seconds: float) -> None:
+        """A step took `seconds`; exploring lives on a share of them."""
+        self._allowance_s += EXPLORE_SHARE * seconds
+
+    def record(
+        self, path: NDArray[Any], score: NDArray[Any], parent: NDArray[Any], depth: NDArray[Any], width: int
+    ) -> None:
+        """Remember an explored step's candidates, [B, P] each in level order and of equal depths in every row.
+
+        `path` is the calibrated probability that a candidate is kept, 0 where it is of no use; `score` its cumulative
+        draft log-probability, by which the beam of `width` was chosen; `parent` its parent's column, -1 at depth 1.
+        """
+        assert width == self._largest.width, "a narrow beam does not tell what a wider one would have found"
+        self._seen.record(path, score, parent, depth)
+        self._decided.clear()
+        self._num_recorded += 1
+
+    def choose(self, rows: int, context: int, extend_tokens: int, throughput: float | None, max_depth: int) -> Draft:
+        """The shape to draft: the most expected tokens beyond those that its seconds are worth elsewhere.
+
+        `rows` run with `context` tokens in all; `extend_tokens` are pending for the head; levels below `max_depth`
+        are of no use to any row. `throughput`, in tokens per second, is what a second is worth; without one, the most
+        tokens per second. The largest shape while nothing is recorded. A decision stands for `DECISION_STEPS` calls.
+        """
+        if not self._seen.num_rows:
+            return self._largest_within(max_depth)
+        pending = extend_tokens // rows
+        key = _bucket(rows), pending.bit_length(), throughput is None, min(max_depth, self._largest.depth)
+        self._calls += 1
+        draft, until = self._decided.get(key, (PLAIN, 0))
+        if self._calls >= until:
+            shapes = [shape for shape in self._shapes if shape.depth <= max_depth] or [PLAIN]
+            draft = max(shapes, key=lambda shape: self._value(shape, rows, context, extend_tokens, throughput))
+            self._decided[key] = draft, self._calls + DECISION_STEPS
+        return draft
+
+    def _value(self, shape: Draft, rows: int, context: int, extend_tokens: int, throughput: float | None) -> float:
+        """The best over the number of verified nodes of `tokens - throughput * seconds`, or of `tokens / seconds`."""
+        if shape == PLAIN:
+            nodes, tokens = np.array([rows]), np.array([float(rows)])
+            kept, debt = np.zeros(1), np.zeros(1)
+        else:
+            nodes, tokens = self._seen.tokens(shape.depth, shape.width, rows)
+            kept = tokens
+            debt = np.maximum(self._costs.extend(extend_tokens, context) - self._costs.extend(kept, context), 0.0)
+        levels = shape.level_tokens(rows)
+        seconds = self._costs.step(rows=rows, extend_tokens=kept, level_tokens=levels, nodes=nodes, context=context)
+        seconds += debt / REPAY_STEPS
+        value = tokens / seconds if throughput is None else tokens - throughput * seconds
+        return float(value.max())
+
+    def _drafting_s(self, shape: Draft, rows: int, context: int, extend_tokens: int) -> float:
+        if shape == PLAIN:
+            return 0.0
+        levels = self._costs.level(np.array(shape.level_tokens(rows)), context)
+        return self._costs.extend(extend_tokens, context) + float(levels.sum())
+
+    def _largest_within(self, max_depth: int) -> Draft:
+        depth = min(max_depth, self._largest.depth)
+        return Draft(depth, self._largest.width) if depth > 0 else PLAIN
+
+
+class Throughput:
+    """Tokens per second of recent steps, for each power of two of running rows apart."""
+
+    def __init__(self) -> None:
+        self._sums: dict[int, tuple[int, float, float]] = {}
+
+    def seen(self, rows: int, tokens: int, seconds: float) -> None:
+        """A step of `rows` rows gave `tokens` in `seconds`."""
+        steps, all_tokens, all_seconds = self._sums.get(_bucket(rows), (0, 0.0, 0.0))
+        fade = 1 - 1 / MEMORY_STEPS
+        self._sums[_bucket(rows)] = steps + 1, fade * all_tokens + tokens, fade * all_seconds + seconds
+
+    def value(self, rows: int) -> float | None:
+        """Tokens per second at about `rows` running rows, once a few steps have shown it."""
+        steps, tokens, seconds = self._sums.get(_bucket(rows), (0, 0.0, 0.0))
+        return tokens / seconds if steps >= WARM_STEPS else None
+
+
+def _bucket(rows: int) -> int:
+    """The power of two that holds `rows`: a full batch and one that misses a row are the same."""
+    return (rows - 1).bit_length()

@@ -1,0 +1,110 @@
+"""Tables stay monotone whatever they are told, learn what is true, and survive a restart."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchgen.speculation import costs
+from batchgen.speculation.costs import Cost, Costs, Table
+
+
+@st.composite
+def tables(draw):
+    tokens = sorted(draw(st.sets(st.integers(1, 2000), min_size=1, max_size=8)))
+    seconds = draw(st.lists(st.floats(1e-6, 1), min_size=len(tokens), max_size=len(tokens)))
+    return Table(tokens, seconds, draw(st.sampled_from([0.0, 1e-7])))
+
+
+timed = st.tuples(st.integers(0, 4000), st.integers(0, 10_000), st.floats(0, 10))
+
+
+def rises(table: Table) -> bool:
+    # Slopes times distances round: one part in 1e12 is no fall.
+    seconds = table(np.arange(4200), 100)
+    return bool((np.diff(seconds) >= -1e-12 * seconds[1:]).all()) and table(64, 200) >= table(64, 100)
+
+
+@given(tables(), st.lists(timed, max_size=40))
+def test_tables_rise_whatever_they_learn(table, passes):
+    assert rises(table)
+    for tokens, context, seconds in passes:
+        table.refine(tokens, context, seconds)
+    assert rises(table)
+    assert table(1) > 0
+
+
+def test_a_table_is_linear_between_points_and_beyond_the_last():
+    table = Table([2, 4, 8], [1.0, 3.0, 2.0], per_context_token=0.5)  # 2.0 is noise: the pass over 4 took 3.0
+    assert table(np.array([0, 1, 2, 3, 4, 8, 9]), 4).tolist() == [0.0, 3.0, 3.0, 4.0, 5.0, 5.0, 5.0]
+    assert Table([2, 4], [1.0, 3.0])(10) == 9.0
+    assert Table([4], [1.0])(8) == 2.0
+    assert isinstance(table(3), float)
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [([], []), ([1, 2], [1.0]), ([2, 2], [1.0, 1.0]), ([0], [1.0]), ([1], [float("nan")]), ([1], [1.0], -1.0)],
+    ids=["no point", "unequal lengths", "not rising", "no tokens", "not a number", "context for free"],
+)
+def test_a_table_refuses_what_cannot_be(facts):
+    with pytest.raises(ValueError):
+        Table(*facts)
+
+
+@pytest.mark.parametrize("wrong", [0.2, 5.0], ids=["measured too fast", "measured too slow"])
+def test_a_table_converges_to_the_true_cost_under_noise(wrong):
+    def true(num):
+        return 0.01 + 0.00005 * num
+
+    rng = np.random.default_rng(0)
+    grid = [1, 64, 128, 256, 512]
+    table = Table(grid, [wrong * true(num) for num in grid], 1e-9)
+    for _ in range(3000):
+        num = int(rng.integers(1, 700))
+        hiccup = 50.0 if rng.random() < 0.01 else 1.0
+        table.refine(num, 1000, true(num) * rng.lognormal(0, 0.1) * hiccup)
+    num = np.arange(1, 700)
+    # The median may be off by what 1 % of hiccups, each capped at 3, pull (1 %) and by leftover noise (3 %).
+    assert np.abs(table(num, 1000) / true(num) - 1).max() < 0.12
+    assert np.abs(table(num, 1000) / true(num) - 1).mean() < 0.04
+
+
+def test_a_step_is_the_sum_of_its_passes():
+    step = Costs(Table([1, 100], [1.0, 100.0]), Table([1, 100], [0.1, 10.0]), Table([1, 100], [0.01, 1.0]), 5.0)
+    full = {"rows": 2, "extend_tokens": 3, "level_tokens": [4, 8], "context": 0}
+    assert step.step(**full, nodes=10) == pytest.approx(0.03 + 0.4 + 0.8 + 10 + 5)
+    assert step.step(**full, nodes=np.array([2, 10])) == pytest.approx([0.03 + 1.2 + 2 + 5, 0.03 + 1.2 + 10 + 5])
+    assert step.step(rows=2, extend_tokens=0, level_tokens=[], nodes=2, context=9) == 7.0
+
+
+PASSES = Costs(Table([1, 8], [0.1, 0.2], 1e-7), Table([1], [0.01]), Table([1, 2], [0.01, 0.02]), 0.003)
+
+
+def test_costs_come_back_as_saved_beside_those_of_whole_runs(tmp_path):
+    folder = tmp_path / "new" / "folder"
+    assert costs.load_costs(folder, "key") is None
+    costs.save(folder, "key", Cost(1.0, 2.0, 3))
+    costs.save_costs(folder, "key", PASSES)
+    found = costs.load_costs(folder, "key")
+    step = {"rows": 3, "extend_tokens": 5, "level_tokens": [3, 6], "nodes": 20, "context": 1000}
+    assert found.step(**step) == PASSES.step(**step)
+    assert costs.load(folder, "key") == Cost(1.0, 2.0, 3)
+    assert len(list(folder.iterdir())) == 2, "nothing temporary is left"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["", "{", "[]", "{}", "null", '{"verify": 3}', '{"verify": {"tokens": "x", "seconds": []}}', "NaN"],
+)
+def test_a_damaged_file_is_no_file(tmp_path, damage):
+    costs.save_costs(tmp_path, "key", PASSES)
+    [file] = tmp_path.iterdir()
+    file.write_text(damage)
+    assert costs.load_costs(tmp_path, "key") is None
+    file.write_text(json.dumps({name: {"tokens": [1], "seconds": [1]} for name in ("verify", "level", "extend")}))
+    assert costs.load_costs(tmp_path, "key") is None, "fixed is missing"

@@ -1,0 +1,250 @@
+"""The shape that is drafted is the one that exhaustive evaluation picks, off and on again as it pays."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batchgen.speculation.costs import Costs, Table
+from batchgen.speculation.hindsight import Hindsight
+from batchgen.speculation.schedule import (
+    DECISION_STEPS,
+    EXPLORE_SHARE,
+    FIRST_ROWS,
+    FIRST_STEPS,
+    PLAIN,
+    REPAY_STEPS,
+    SHAPES,
+    Draft,
+    Schedule,
+    Throughput,
+)
+
+SMALL = (PLAIN, Draft(1, 1), Draft(2, 1), Draft(3, 1), Draft(2, 2), Draft(3, 2))
+
+
+def pools(seed, rows, width, levels, kept=0.8):
+    """Drafts of a head whose beams nest: a child's own probability falls with its rank alone, so no node overtakes."""
+    rng = np.random.default_rng(seed)
+    own = np.sort(rng.uniform(0.2, 0.9, (rows, 1)), 1) * 0.02 ** np.arange(width)
+    score = [np.log(own)]
+    parent, depth = [np.full((rows, width), -1)], [np.full((rows, width), 1)]
+    beam, first = np.tile(np.arange(width), (rows, 1)), 0
+    for level in range(2, levels + 1):
+        above = np.take_along_axis(score[-1], beam - first, 1)
+        first += score[-1].shape[1]
+        score.append((above[:, :, None] + np.log(own)[:, None]).reshape(rows, -1))
+        parent.append(np.repeat(beam, width, 1))
+        depth.append(np.full(score[-1].shape, level))
+        beam = first + np.argsort(-score[-1], 1, kind="stable")[:, :width]
+    score, parent, depth = (np.concatenate(parts, 1) for parts in (score, parent, depth))
+    return np.exp(score) * kept**depth, score, parent, depth
+
+
+def flat(seconds, per_token=0.0):
+    return Table([1, 1001], [seconds + per_token, seconds + 1001 * per_token])
+
+
+@st.composite
+def costs(draw):
+    grid = [1, 4, 8, 16, 64]
+    tables = (
+        Table(grid, draw(st.lists(st.floats(1e-3, scale), min_size=5, max_size=5)), 1e-6) for scale in (0.1, 0.02, 0.02)
+    )
+    return Costs(*tables, draw(st.floats(0, 0.05)))
+
+
+def exhaustive(shape, rows, per_token, throughput, draft, context, pending):
+    """The best of every number of nodes, by drafting that shape and no more."""
+    plain = per_token.verify(rows, context) + per_token.fixed
+    if shape == PLAIN:
+        return rows / plain if throughput is None else rows - throughput * plain
+    path, _, _, _ = draft(shape)
+    best = -np.inf
+    falling = sorted(path[path > 0].tolist(), reverse=True)
+    for num in range(len(falling) + 1):
+        tokens = rows + sum(falling[:num])
+        seconds = per_token.verify(rows + num, context) + per_token.fixed + per_token.extend(tokens, context)
+        for _ in range(shape.depth - 1):
+            seconds += per_token.level(rows * shape.width, context)
+        debt = per_token.extend(pending, context) - per_token.extend(tokens, context)
+        seconds += max(debt, 0) / REPAY_STEPS
+        best = max(best, tokens / seconds if throughput is None else tokens - throughput * seconds)
+    return best
+
+
+@settings(max_examples=60)
+@given(
+    st.integers(0, 1000),
+    st.integers(1, 5),
+    costs(),
+    st.none() | st.floats(1, 500),
+    st.integers(0, 4),
+    st.integers(0, 300),
+)
+def test_the_choice_is_that_of_exhaustive_evaluation(seed, rows, per_token, throughput, max_depth, pending):
+    schedule = Schedule(per_token, SMALL)
+    schedule.record(*pools(seed, rows, 2, 3), 2)
+    chosen = schedule.choose(rows, 1000, pending, throughput, max_depth)
+    allowed = [shape for shape in SMALL if shape.depth <= max_depth]
+    assert chosen in allowed
+    values = {
+        shape: exhaustive(
+            shape, rows, per_token, throughput, lambda s: pools(seed, rows, s.width, s.depth), 1000, pending
+        )
+        for shape in allowed
+    }
+    assert values[chosen] == pytest.approx(max(values.values()), rel=1e-6, abs=1e-9)
+
+
+CHEAP = Costs(flat(0.01), flat(1e-4), flat(1e-4, 1e-6), 0.001)
+DEAR = Costs(flat(0.01, 0.01), flat(1e-4), flat(1e-4, 1e-6), 0.001)
+
+
+def test_nothing_known_drafts_the_largest_that_is_of_use():
+    schedule = Schedule(CHEAP)
+    assert schedule.choose(4, 100, 4, None, 9) == Draft(6, 4)
+    assert schedule.choose(4, 100, 4, None, 3) == Draft(3, 4)
+    assert schedule.choose(4, 100, 4, None, 0) == PLAIN
+
+
+def test_free_drafts_are_large_and_dear_ones_none():
+    for per_token, expected in ((CHEAP, 6), (DEAR, 0)):
+        schedule = Schedule(per_token)
+        schedule.record(*pools(0, 8, 4, 6, kept=0.95), 4)
+        for throughput in (None, 8 / 0.09):
+            assert schedule.choose(8, 100, 8, throughput, 6).depth == expected
+
+
+def test_decisions_are_kept_until_something_changes():
+    schedule = Schedule(CHEAP)
+    schedule.record(*pools(0, 8, 4, 6), 4)
+    before = schedule.choose(8, 100, 8, None, 6)
+    schedule._costs = DEAR
+    assert {schedule.choose(8, 100, 8, None, 6) for _ in range(DECISION_STEPS - 1)} == {before}
+    assert schedule.choose(8, 100, 8, None, 6) == PLAIN
+    schedule._costs = CHEAP
+    schedule.record(*pools(0, 8, 4, 6), 4)
+    assert schedule.choose(8, 100, 8, None, 6) == before
+
+
+def test_drafting_resumes_when_it_repays_the_catch_up_in_time():
+    """A step of plain decoding gives 8 tokens in 11 ms; drafting gives more, at 1 us a token to catch up."""
+
+    def resumes(pending):
+        schedule = Schedule(CHEAP)
+        schedule.record(*pools(0, 8, 4, 6), 4)
+        return schedule.choose(8, 100, pending, throughput, 6) != PLAIN
+
+    throughput = 8 / 0.011
+    schedule = Schedule(CHEAP)
+    schedule.record(*pools(0, 8, 4, 6), 4)
+    gain = max(schedule._value(shape, 8, 100, 8, throughput) for shape in SHAPES)
+    assert gain > 0
+    repaid = int(REPAY_STEPS * gain / throughput / 1e-6)
+    assert resumes(int(0.95 * repaid))
+    assert not resumes(int(1.05 * repaid) + 100)
+
+
+class World:
+    """A job whose costs are as measured and whose drafts are kept with one probability; counts what exploring added."""
+
+    def __init__(self, schedule, per_token, rows):
+        self.schedule, self.costs, self.rows = schedule, per_token, rows
+        self.throughput = Throughput()
+        self.pending = rows
+        self.seconds = self.extra_s = self.first_s = 0.0
+
+    def steps(self, num, kept, max_depth=9):
+        """The shape and whether it explored, of each step."""
+        truth = Hindsight([1, 2, 4])
+        truth.record(*pools(0, 64, 4, 6, kept))
+        for step in range(num):
+            due = {"rows": self.rows, "throughput": self.throughput.value(self.rows), "max_depth": max_depth}
+            due |= {"context": 1000, "extend_tokens": self.pending}
+            usual = self.schedule.choose(**due)
+            shape, explored = self.schedule.next(**due)
+            if explored:
+                self.schedule.record(*pools(step, self.rows, 4, 6, kept), 4)
+            seconds, tokens = self._step(shape, truth)
+            self.extra_s += explored and self._drafting_s(shape) - self._drafting_s(usual)
+            self.first_s = self.first_s if step >= FIRST_STEPS else self.extra_s
+            self.pending = (0 if shape.depth else self.pending) + round(tokens)
+            self.seconds += seconds
+            self.schedule.spent(seconds)
+            self.throughput.seen(self.rows, round(tokens), seconds)
+            yield shape, explored
+
+    def _drafting_s(self, shape):
+        levels = sum(self.costs.level(num, 1000) for num in shape.level_tokens(self.rows))
+        return levels + self.costs.extend(self.pending, 1000) if shape.depth else 0.0
+
+    def _step(self, shape, truth):
+        if shape == PLAIN:
+            return self.costs.verify(self.rows, 1000) + self.costs.fixed, self.rows
+        nodes, tokens = truth.tokens(shape.depth, shape.width, self.rows)
+        seconds = self.costs.verify(nodes, 1000) + self.costs.fixed + self._drafting_s(shape)
+        throughput = self.throughput.value(self.rows) or (tokens / seconds).max()
+        best = np.argmax(tokens - throughput * seconds)
+        return float(seconds[best]), float(tokens[best])
+
+
+def test_exploring_costs_its_share_and_finds_when_drafting_pays_again():
+    per_token = Costs(flat(0.01, 1e-5), flat(1e-3), flat(1e-3, 1e-6), 0.001)
+    world = World(Schedule(per_token), per_token, rows=64)
+    dull = list(world.steps(1200, kept=0.1))
+    explored = [i for i, (_, explored) in enumerate(dull) if explored]
+    assert {shape for shape, explored in dull if not explored} == {PLAIN}
+    assert explored[:FIRST_STEPS] == list(range(FIRST_STEPS))
+    assert len(explored) > FIRST_STEPS + 4
+    assert world.extra_s - world.first_s <= EXPLORE_SHARE * world.seconds
+    assert min(b - a for a, b in itertools.pairwise(explored[FIRST_STEPS - 1 :])) >= DECISION_STEPS
+    before = world.extra_s
+    bright = [shape for shape, explored in world.steps(1200, kept=0.98) if not explored]
+    resumed = next(i for i, shape in enumerate(bright) if shape != PLAIN)
+    assert 0 < resumed < 600
+    assert PLAIN not in bright[resumed:]
+    assert world.extra_s - before <= EXPLORE_SHARE * world.seconds
+
+
+def test_the_first_rows_of_a_small_batch_are_all_explored():
+    schedule = Schedule(CHEAP)
+    steps = World(schedule, CHEAP, rows=1).steps(30, kept=0.9)
+    assert [explored for _, explored in steps] == [True] * FIRST_ROWS + [False] * (30 - FIRST_ROWS)
+
+
+def test_rows_near_their_end_are_not_explored():
+    schedule = Schedule(CHEAP)
+    due = {"rows": 16, "context": 0, "extend_tokens": 16, "throughput": None}
+    for seed in range(FIRST_STEPS):
+        schedule.record(*pools(seed, 16, 4, 6), 4)
+    schedule.spent(1e6)
+    assert not any(schedule.next(**due, max_depth=3)[1] for _ in range(100))
+    assert schedule.next(**due, max_depth=0) == (PLAIN, False)
+    assert schedule.next(**due, max_depth=6) == (Draft(6, 4), True)
+
+
+def test_savings_are_not_carried_over():
+    schedule = Schedule(CHEAP)
+    for seed in range(FIRST_STEPS):
+        schedule.record(*pools(seed, 16, 4, 6), 4)
+    schedule.spent(1e6)
+    due = {"rows": 16, "context": 0, "extend_tokens": 10**6, "throughput": None, "max_depth": 6}
+    assert [schedule.next(**due)[1] for _ in range(100)].count(True) == 1
+
+
+def test_throughput_is_tokens_over_seconds_of_like_batches():
+    throughput = Throughput()
+    for _ in range(3):
+        throughput.seen(64, 100, 2.0)
+        assert throughput.value(64) is None
+    throughput.seen(63, 200, 2.0)
+    assert 50 < throughput.value(40) < 65
+    assert throughput.value(32) is None
+    for _ in range(1000):
+        throughput.seen(64, 10, 1.0)
+    assert throughput.value(64) == pytest.approx(10, rel=1e-3)
