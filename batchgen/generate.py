@@ -8,7 +8,7 @@ finish reason is "error".
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,6 +41,9 @@ class Engine(Protocol):
 
     def step(self) -> list[Completion]:
         """Advance every running request by at least one token; return those that ended, in no particular order."""
+
+    def report(self) -> dict[str, Any]:
+        """What speculation was expected to do and what it did, for the job's summary; empty where nothing was tuned."""
 
     def stop_speculating(self) -> None:
         """Decode plainly from here on: same tokens, no drafts."""

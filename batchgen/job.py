@@ -217,13 +217,14 @@ def submit(
             min_acceptance=spec.speculation.min_acceptance,
             below_min=spec.speculation.below_min,
         )
-        engine = engines.build(spec, job.target, job.draft, job.renderer.decode)
+        engine = engines.build(spec, job.target, job.draft, job.renderer.decode, _costs_folder())
         tally = cluster.run(task, job.todo, engine, job.renderer, draining=draining, watch=watch)
         _remember_cost(job, tally)
     summary = report.summarise(job.sink, job.output, job.plan, job.sampling.n)
     stored = report.load(job.sink, job.output) or {}
     if any(stored.get(name) != value for name, value in summary.as_json().items()):
-        report.save(job.sink, job.output, summary, job.facts | {"tokens_per_s": tally and tally.tokens_per_s})
+        run = {"tokens_per_s": tally and tally.tokens_per_s, "speculation": tally and tally.speculation}
+        report.save(job.sink, job.output, summary, job.facts | run)
     if summary.problems:
         raise ReconciliationError(f"{job.output}: " + "; ".join(summary.problems))
     return Outcome(summary, tally, job.output)

@@ -154,6 +154,13 @@ def outcome(result: Outcome) -> str:
             f"acceptance rate {s.acceptance_rate:.3f}, acceptance length {s.acceptance_length:.2f} tokens per target "
             f"pass, by depth {depths}"
         )
+    if tally is not None and (tuned := tally.speculation):
+        share, nodes = tuned["drafting_steps"] / tuned["steps"], tuned["nodes_per_row"]
+        came, expected = tuned["tokens_per_step"], tuned["expected_tokens_per_step"]
+        lines.append(
+            f"tree auto: {share:.0%} of steps drafted, {nodes:.2f} nodes a row and step; {came:.2f} tokens a step, "
+            f"{expected:.2f} expected"
+        )
     lines.append(f"output: {result.output} ({s.parts:,} part{'s' if s.parts != 1 else ''})")
     lines.append(f"open it: python -c \"import polars; print(polars.read_parquet('{result.output}/*.parquet'))\"")
     return "\n".join(lines)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from batchgen import read, record, screen, write
 from batchgen.errors import AcceptanceError, DrainedError, OutputConflictError, StoreError
@@ -70,6 +70,7 @@ class Tally:
     running: int = 0
     generated_tokens: int = 0
     generating_s: float = 0.0
+    speculation: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def samples(self) -> int:
@@ -173,6 +174,7 @@ class Worker:
                 self._step()
                 self._journal()
             watch(self.tally)
+        self.tally.speculation = self._engine.report()
         assert not self._open, "every shard is committed when nothing is left to generate"
 
     def _requests(self, shards: Iterable[Shard]) -> Iterator[Request | None]:

@@ -5,23 +5,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from batchgen import provenance
 from batchgen.engines.rehearsal import RehearsalEngine, Script
 from batchgen.errors import ModelError
+from batchgen.speculation.costs import load_costs, save_costs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from batchgen.engines.torch.draft import Draft
+    from batchgen.engines.torch.target import Target
     from batchgen.generate import Engine
     from batchgen.models import Model
     from batchgen.spec import Spec
-
-# What `speculation.tree: auto` means until the width is tuned per step: of the fixed chains, the one that lost least
-# where it lost (examples/bench/results/speculation-cpu-bfloat16.json: 1.19x plain at 1 row, 1.0x at 16, 0.92x at 64).
-AUTO_DEPTH = 2
+    from batchgen.speculation.costs import Costs
 
 
 def device(spec: Spec) -> str:
@@ -36,28 +38,32 @@ def device(spec: Spec) -> str:
 
 
 def dtype(spec: Spec) -> str:
-    """The dtype that `model.dtype` stands for on this machine: `auto` is bfloat16 where the hardware computes it.
-
-    A CPU without bfloat16 instructions gains nothing from it (`engines/torch/wide.py`).
-    """
+    """The dtype that `model.dtype` stands for on this machine: `auto` is bfloat16 where that is fast, else float32."""
     if spec.engine.kind == "rehearsal":
         return "none"
     if spec.model.dtype != "auto":
         return spec.model.dtype
     if device(spec) == "cuda":
         return "bfloat16"
-    return "bfloat16" if native_bfloat16() else "float32"
+    # FBGEMM's two-byte weights need these (`engines/torch/linear.py`).
+    return "bfloat16" if native_bfloat16() or {"avx2", "f16c", "fma"} <= _cpu_flags() else "float32"
+
+
+def native_bfloat16() -> bool:
+    """Whether this machine's CPU has bfloat16 instructions."""
+    return bool({"avx512_bf16", "amx_bf16"} & _cpu_flags())
 
 
 @functools.cache
-def native_bfloat16() -> bool:
-    """Whether this machine's CPU has bfloat16 instructions."""
+def _cpu_flags() -> frozenset[str]:
     info = Path("/proc/cpuinfo")
-    return info.exists() and any(flag in info.read_text() for flag in ("avx512_bf16", "amx_bf16"))
+    return frozenset(info.read_text().split()) if info.exists() else frozenset()
 
 
-def build(spec: Spec, target: Model | None, draft: Model | None, decode: Callable[[Sequence[int]], str]) -> Engine:
-    """The engine that the job file asks for, weights loaded.
+def build(
+    spec: Spec, target: Model | None, draft: Model | None, decode: Callable[[Sequence[int]], str], costs: Path
+) -> Engine:
+    """The engine that the job file asks for, weights loaded; what passes cost is looked up in `costs`, or measured.
 
     Raises:
         ModelError: the model cannot run on this engine, or head and target do not fit.
@@ -72,29 +78,33 @@ def build(spec: Spec, target: Model | None, draft: Model | None, decode: Callabl
 
     from batchgen.engines.torch.draft import Draft
     from batchgen.engines.torch.engine import TorchEngine
+    from batchgen.engines.torch.forest import Shape
     from batchgen.engines.torch.target import Target
+    from batchgen.engines.torch.width import AutoTree
 
     on = torch.device(device(spec))
     if on.type == "cuda" and not torch.cuda.is_available():
         raise ModelError("engine.device is cuda, but torch sees no CUDA device; say cpu or auto")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     model = Target(target.path, getattr(torch, dtype(spec)), on)
-    shape = tree_shape(spec)
-    head = Draft(draft.path, model, spec.model.aux_layers) if draft is not None and shape is not None else None
-    return TorchEngine(model, head, decode=decode, batch_size=spec.batch_size, tree=shape if head else None)
-
-
-def tree_shape(spec: Spec) -> Shape | None:
-    """The fixed tree that the job drafts with, None for plain decoding."""
-    from batchgen.engines.torch.forest import Shape
-
     tree = spec.speculation.tree
-    if spec.model.draft is None or tree == "off":
-        return None
+    if draft is None or tree == "off":
+        return TorchEngine(model, None, decode=decode, batch_size=spec.batch_size)
+    head = Draft(draft.path, model, spec.model.aux_layers)
     if tree == "auto":
-        return Shape(AUTO_DEPTH, 1, AUTO_DEPTH)
-    return Shape(tree.depth, tree.width, tree.nodes)
+        key = (provenance.machine(on.type), target.identity, draft.identity, dtype(spec), str(spec.batch_size))
+        passes = _costs(costs, "|".join((*key, *provenance.versions().values())), model, head, spec.batch_size)
+        return TorchEngine(model, head, decode=decode, batch_size=spec.batch_size, width=AutoTree(passes))
+    shape = Shape(tree.depth, tree.width, tree.nodes)
+    return TorchEngine(model, head, decode=decode, batch_size=spec.batch_size, width=shape)
 
 
-if TYPE_CHECKING:
-    from batchgen.engines.torch.forest import Shape
+def _costs(folder: Path, key: str, target: Target, draft: Draft, batch_size: int) -> Costs:
+    from batchgen.engines.torch.measure import measure
+
+    found = load_costs(folder, key)
+    if found is None:
+        found = measure(target, draft, batch_size)
+        with contextlib.suppress(OSError):  # a read-only home costs a measurement, not a job
+            save_costs(folder, key, found)
+    return found

@@ -100,6 +100,10 @@ class RehearsalEngine:
         """Queue a request."""
         self._waiting.append((request, time.perf_counter()))
 
+    def report(self) -> dict[str, Any]:
+        """Nothing to report."""
+        return {}
+
     def stop_speculating(self) -> None:
         """Nothing to stop."""
 

@@ -1,96 +1,163 @@
-"""Tokens per second with and without the draft head, at several batch sizes, in one run.
+"""Tokens per second plain, with fixed trees and with `tree: auto`, at several numbers of running rows, in one run.
 
-    python examples/bench/speculation.py --dtype bfloat16 --json examples/bench/results/speculation.json
+    python examples/bench/speculation.py --rows 1,16,64 --json examples/bench/results/speculation.json
 
-Plain and speculative decoding take turns on the same rows, so that what else the machine does hits both alike; ratios
-are what to read. Needs the demo model, the committed head and the committed prompts; all rows are greedy.
+Every mode decodes the same rows. Modes take turns, and each turn of a speculative mode is compared with the plain
+turns before and after it, so that what else the machine does hits both alike: ratios are what to read. Prompts are
+read before the clock starts; all rows are greedy and run to the same length. Needs the demo model, the committed head
+and the committed prompts.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime as dt
 import json
+import os
 import statistics
+import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 import torch
 from transformers import AutoTokenizer
 
-from batchgen import models, provenance
+from batchgen import models
 from batchgen.engines.torch.draft import Draft
 from batchgen.engines.torch.engine import TorchEngine
 from batchgen.engines.torch.forest import Shape
+from batchgen.engines.torch.measure import measure
 from batchgen.engines.torch.target import Target
+from batchgen.engines.torch.width import AutoTree
 from batchgen.record import Request, Sampling
 
-HERE = Path(__file__).parents[1]
+sys.path.insert(0, str(Path(__file__).parent))
+from results import write
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+EXAMPLES = Path(__file__).parents[1]
+SETS = ("mt_bench", "eagle_gsm8k", "eagle_humaneval")
+MODES = ("plain", "chain-1", "chain-2", "chain-3", "chain-4", "chain-5", "tree-3x2x4", "tree-4x4x12", "auto")
+
+
+class Machine:
+    """The demo model, its head and prompts of every kind in turn."""
+
+    def __init__(self, dtype: str, device: str) -> None:
+        path = models.fetch("demo:smollm2-135m").path
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        self.target = Target(path, getattr(torch, dtype), torch.device(device))
+        self.draft = Draft(EXAMPLES / "smollm2", self.target)
+        self._auto: dict[int, AutoTree] = {}
+        sets = [pq.read_table(EXAMPLES / f"prompts/{name}.parquet")["messages"].to_pylist() for name in SETS]
+        mixed = [messages for together in zip(*sets, strict=False) for messages in together]
+        self.prompts = [
+            self.tokenizer.apply_chat_template(m, add_generation_prompt=True, return_dict=False) for m in mixed
+        ]
+
+    def engine(self, mode: str, rows: int) -> TorchEngine:
+        """A fresh engine that decodes by `mode`."""
+        width: Shape | AutoTree | None = None
+        if mode.startswith("chain-"):
+            width = Shape(int(mode[6:]), 1, int(mode[6:]))
+        elif mode.startswith("tree-"):
+            width = Shape(*map(int, mode[5:].split("x")))
+        elif mode == "auto":
+            width = self.auto(rows)
+        draft = None if width is None else self.draft
+        return TorchEngine(self.target, draft, decode=self.tokenizer.decode, batch_size=rows, width=width)
+
+    def auto(self, rows: int) -> AutoTree:
+        """What decides for `rows` rows, with what it has learned: a job decodes for hours, a turn for seconds."""
+        if rows not in self._auto:
+            self._auto[rows] = AutoTree(measure(self.target, self.draft, rows))
+        return self._auto[rows]
+
+    def requests(self, count: int, max_tokens: Sequence[int]) -> list[Request]:
+        """`count` rows over the prompts, of lengths `max_tokens` in turn; none ends before its length."""
+        lengths = [max_tokens[i % len(max_tokens)] for i in range(count)]
+        prompts = [self.prompts[i % len(self.prompts)] for i in range(count)]
+        return [
+            Request(i, str(i), 0, p, Sampling(max_tokens=n))
+            for i, (p, n) in enumerate(zip(prompts, lengths, strict=True))
+        ]
+
+
+def decode(engine: TorchEngine, requests: Sequence[Request]) -> dict[str, float]:
+    """Run `requests` to their end; tokens per second from when all prompts are read, and what speculation did."""
+    for request in requests:
+        engine.submit(request)
+    done = engine.step()
+    while engine.reading:
+        done += engine.step()
+    began, before = time.perf_counter(), engine.num_tokens
+    clocks = dict(engine.seconds)
+    while engine.unfinished:
+        done += engine.step()
+    seconds, tokens = time.perf_counter() - began, engine.num_tokens - before
+    steps = sum(c.acceptance.target_steps for c in done)
+    return {
+        "tokens_per_s": tokens / seconds,
+        "acceptance_length": sum(len(c.token_ids) - 1 for c in done) / steps,
+        "nodes_per_row": sum(c.acceptance.draft_tokens for c in done) / steps,
+        **{f"{name}_share": (engine.seconds[name] - clocks[name]) / seconds for name in clocks},
+    }
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     options.add_argument("--device", default="cpu")
-    options.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64])
-    options.add_argument("--depths", type=int, nargs="+", default=[2, 3, 4], help="chain lengths to try")
-    options.add_argument("--max-tokens", type=int, default=64)
-    options.add_argument("--repeats", type=int, default=3, help="turns of each, of which the median counts")
-    options.add_argument("--prompts", default="eagle_gsm8k")
+    options.add_argument("--rows", default="1,2,4,8,16,32,64", help="numbers of running rows")
+    options.add_argument("--modes", default=",".join(MODES))
+    options.add_argument("--max-tokens", type=int, default=96)
+    options.add_argument("--turns", type=int, default=3, help="turns of each mode, of which the median counts")
     options.add_argument("--json", type=Path)
     args = options.parse_args()
 
-    path = models.fetch("demo:smollm2-135m").path
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    messages = pq.read_table(HERE / f"prompts/{args.prompts}.parquet")["messages"].to_pylist()
-    prompts = [tokenizer.apply_chat_template(m, add_generation_prompt=True, return_dict=False) for m in messages]
-    device = torch.device(args.device)
-    target = Target(path, getattr(torch, args.dtype), device)
-    draft = Draft(HERE / "smollm2", target)
+    machine = Machine(args.dtype, args.device)
+    modes = [mode for mode in args.modes.split(",") if mode != "plain"]
+    results: list[dict[str, Any]] = []
+    for rows in map(int, args.rows.split(",")):
+        requests = machine.requests(rows, [args.max_tokens])
+        # One row says little: it takes several prompts one after the other.
+        groups = (
+            [requests]
+            if rows > 4
+            else [machine.requests(8, [args.max_tokens])[i : i + rows] for i in range(0, 8, rows)]
+        )
 
-    def run(depth: int, rows: int) -> tuple[float, float]:
-        """Decode tokens per second after the first tokens, and acceptance length."""
-        tree = Shape(depth, 1, depth) if depth else None
-        engine = TorchEngine(target, draft if depth else None, decode=tokenizer.decode, batch_size=rows, tree=tree)
-        for i in range(rows):
-            sampling = Sampling(max_tokens=args.max_tokens)
-            engine.submit(Request(i, str(i), 0, prompts[i % len(prompts)], sampling))
-        done = engine.step()
-        began, before = time.perf_counter(), engine.num_tokens
-        while engine.unfinished:
-            done += engine.step()
-        tokens_per_s = (engine.num_tokens - before) / (time.perf_counter() - began)
-        steps = sum(c.acceptance.target_steps for c in done)
-        return tokens_per_s, (engine.num_tokens - rows) / steps
+        def turn(mode: str, rows: int = rows, groups: list[list[Request]] = groups) -> dict[str, float]:
+            engine = machine.engine(mode, rows)
+            runs = [decode(engine, group) for group in groups]
+            # Groups weigh by their tokens, which are the same for all but those that ended early.
+            speed = statistics.harmonic_mean([run["tokens_per_s"] for run in runs])
+            return {name: statistics.fmean(run[name] for run in runs) for name in runs[0]} | {"tokens_per_s": speed}
 
-    results = []
-    for rows in args.rows:
-        measured: dict[int, list[tuple[float, float]]] = {depth: [] for depth in (0, *args.depths)}
-        for _ in range(args.repeats):
-            for depth, runs in measured.items():
-                runs.append(run(depth, rows))
-        plain = statistics.median(speed for speed, _ in measured[0])
-        for depth, runs in measured.items():
-            speeds = sorted(speed for speed, _ in runs)
-            fact = {
-                "rows": rows,
-                "chain": depth,
-                "tokens_per_s": round(statistics.median(speeds), 1),
-                "spread": [round(speeds[0], 1), round(speeds[-1], 1)],
-                "acceptance_length": round(runs[0][1], 3),
-                "ratio_to_plain": round(statistics.median(speeds) / plain, 3),
-            }
+        for mode in ("plain", *modes):  # first use pays, and `auto` learns
+            turn(mode)
+        turns: dict[str, list[dict[str, float]]] = {mode: [] for mode in ("plain", *modes)}
+        ratios: dict[str, list[float]] = {mode: [] for mode in modes}
+        for _ in range(args.turns):
+            turns["plain"].append(turn("plain"))
+            for mode in modes:
+                turns[mode].append(turn(mode))
+                before = turns["plain"][-1]["tokens_per_s"]
+                turns["plain"].append(turn("plain"))
+                around = statistics.harmonic_mean([before, turns["plain"][-1]["tokens_per_s"]])
+                ratios[mode].append(turns[mode][-1]["tokens_per_s"] / around)
+        for mode, each in turns.items():
+            fact: dict[str, Any] = {"rows": rows, "mode": mode}
+            fact |= {name: round(statistics.median(t[name] for t in each), 3) for name in each[0]}
+            fact["ratio_to_plain"] = round(statistics.median(ratios[mode]), 3) if mode != "plain" else 1.0
+            fact["ratios"] = [round(ratio, 3) for ratio in sorted(ratios.get(mode, []))]
             results.append(fact)
             print(json.dumps(fact), flush=True)
-    if args.json:
-        about = {
-            "date": dt.datetime.now(dt.UTC).date().isoformat(),
-            "machine": provenance.machine(args.device),
-            "versions": provenance.versions(),
-            "options": {name: str(value) for name, value in vars(args).items() if name != "json"},
-        }
-        args.json.write_text(json.dumps(about | {"results": results}, indent=2) + "\n")
+    write(args.json, results, args, args.device)
 
 
 if __name__ == "__main__":

@@ -1,65 +1,45 @@
-"""Continuous batching with speculation: admit, prefill, then draft, verify and commit for all running rows each step.
+"""Continuous batching with speculation: every step advances all running rows, and reads prompts beside them.
 
-Per row, between steps: `tokens` holds prompt and output; the last token is the *root*, sampled but not yet seen by the
-target. The target's pool holds positions 0 .. len(tokens) - 2. The draft's pool holds its first `draft_len` slots, and
-`features` the target features of the slots from there up to the root's, which the next step writes before it drafts.
+One pass of the target carries the trees of the rows that decode and a chunk of the prompts that are being read, so that
+arriving rows do not stall running ones. Rows are admitted by what they need now, not by what they may become; when room
+runs out the youngest gives its slot up and resumes later, from its tokens. `rows.Row` says what holds between steps.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections import deque
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from batchgen.engines.torch import forest, verify
 from batchgen.engines.torch.kvcache import Tile
-from batchgen.generate import first_stop
-from batchgen.record import Acceptance, Completion
+from batchgen.engines.torch.rows import Row
+from batchgen.engines.torch.width import Drafted, FixedTree, Step
 from batchgen_kernels.tree_attention import MAX_NODES, Span
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from batchgen.engines.torch.draft import Draft
+    from batchgen.engines.torch.kvcache import Pool
     from batchgen.engines.torch.target import Target
-    from batchgen.record import FinishReason, Request
+    from batchgen.engines.torch.width import Width
+    from batchgen.record import Completion, Request
 
-
-@dataclasses.dataclass(slots=True)
-class _Running:
-    """One request in a slot; see the module's docstring for what holds between steps."""
-
-    request: Request
-    tokens: list[int]
-    limit: int  # length of prompt and output at which the row ends
-    key: int
-    submitted: float
-    admitted: float
-    acceptance: Acceptance
-    first_token: float = 0.0
-    features: torch.Tensor | None = None
-    draft_len: int = 0
-    finish: FinishReason | None = None
-
-    @property
-    def num_output(self) -> int:
-        return len(self.tokens) - len(self.request.prompt_token_ids)
-
-    def next_draw(self, ahead: int = 0) -> verify.Draw:
-        """How to draw the next token, or the one `ahead` tokens after it."""
-        return verify.Draw(self.request.sampling, self.key, self.num_output + ahead)
+# Target features that rows may hold back while nothing is drafted, in tokens of all rows, before the draft catches up.
+PENDING_TOKENS = 16384
 
 
 class TorchEngine:
     """The `generate.Engine` of kind torch.
 
-    `decode` turns token ids into text without special tokens. `tree` None decodes plainly, head or no head.
-    `memory_bytes` bounds the KV pools; None means 60 % of what the machine or device has free. `prefill_tokens` prompt
-    tokens make a pass: enough to be compute-bound, few enough to bound its activations.
+    `decode` turns token ids into text without special tokens. `width` decides what is drafted and verified: a fixed
+    `forest.Shape`, or `width.AutoTree`; None decodes plainly, head or no head. `memory_bytes` bounds the KV pools; None
+    means 60 % of what the machine or device has free. `prefill_tokens` prompt tokens make a pass where no row decodes,
+    a quarter of them where one does: enough to be compute-bound, few enough to bound activations and the others' wait.
     """
 
     name = "torch"
@@ -71,21 +51,28 @@ class TorchEngine:
         *,
         decode: Callable[[Sequence[int]], str],
         batch_size: int,
-        tree: forest.Shape | None = None,
+        width: forest.Shape | Width | None = None,
         memory_bytes: int | None = None,
         prefill_tokens: int = 1024,
     ) -> None:
         self.capacity = batch_size
         self._target, self._decode = target, decode
         self._pool = target.pool()
-        self._draft = draft if tree is not None else None
-        self._draft_pool = draft.pool() if draft is not None else None
-        self._tree = tree
+        self._width = FixedTree(width) if isinstance(width, forest.Shape) else width
+        self._draft = draft if width is not None else None
+        self._draft_pool = self._draft.pool() if self._draft is not None else None
         self._prefill_tokens = prefill_tokens
         self._memory_bytes = memory_bytes if memory_bytes is not None else int(0.6 * free_bytes(target.device))
-        self._waiting: deque[tuple[Request, float]] = deque()
-        self._rows: list[_Running] = []
+        self._row_limit = batch_size
+        self._waiting: deque[Row] = deque()
+        self._rows: list[Row] = []
         self.running = self.num_tokens = 0
+        self.seconds = {"draft": 0.0, "target": 0.0, "host": 0.0}  # where the time of passes went
+
+    @property
+    def reading(self) -> int:
+        """Rows whose prompts are not yet read to the end, those that wait included."""
+        return len(self._waiting) + sum(row.unread > 0 for row in self._rows)
 
     @property
     def unfinished(self) -> int:
@@ -94,11 +81,20 @@ class TorchEngine:
 
     def submit(self, request: Request) -> None:
         """Queue a request."""
-        self._waiting.append((request, time.perf_counter()))
+        limit = min(len(request.prompt_token_ids) + request.sampling.max_tokens, self._target.max_tokens)
+        key = verify.noise_key(request.sampling.seed, request.row_id, request.sample)
+        now = time.perf_counter()
+        self._waiting.append(Row(request, list(request.prompt_token_ids), limit, key, now, now))
 
     def stop_speculating(self) -> None:
         """Decode plainly from here on."""
-        self._draft = None
+        self._draft = self._draft_pool = None
+        for row in (*self._rows, *self._waiting):
+            row.pending = []
+
+    def report(self) -> dict[str, Any]:
+        """See `width.AutoTree.report`; empty with a fixed tree or none."""
+        return self._width.report() if self._width is not None else {}
 
     def close(self) -> None:
         """Forget all rows and give the pools back."""
@@ -108,270 +104,262 @@ class TorchEngine:
         self._draft_pool = None
 
     def step(self) -> list[Completion]:
-        """Admit and prefill what fits, then advance every running row by one verification."""
+        """Admit what fits, then advance every decoding row by one verification and the prompts by a chunk."""
         rejected = self._admit()
         self.running = len(self._rows)
-        ended = self._collect()
         if self._rows:
-            self._decode_step()
-            ended += self._collect()
-        return rejected + ended
+            try:
+                self._make_room()
+                self._pass()
+            except (MemoryError, RuntimeError) as error:
+                if not _out_of_memory(error):
+                    raise
+                self._shrink(error)
+        return rejected + self._collect()
 
     def _admit(self) -> list[Completion]:
-        rejected, admitted = [], []
-        while self._waiting and len(self._rows) < self.capacity:
-            request, submitted = self._waiting[0]
-            now = time.perf_counter()
-            limit = min(len(request.prompt_token_ids) + request.sampling.max_tokens, self._target.max_tokens)
-            problem = self._problem(request, limit)
-            if problem is None and not self._reserve(len(self._rows) + 1, limit):
-                break  # its turn comes when a running row has ended
-            self._waiting.popleft()
-            if problem is not None:
-                failed = Completion(request.key, request.sample, [], "", "error", Acceptance(), now - submitted)
-                rejected.append(dataclasses.replace(failed, error_type=problem[0], error=problem[1]))
+        rejected = []
+        while self._waiting and len(self._rows) < self._row_limit:
+            row = self._waiting[0]
+            if (problem := self._problem(row)) is not None:
+                row.finish, row.error = "error", problem
+                row.admitted = row.first_token = time.perf_counter()
+                rejected.append(self._waiting.popleft().completion(self._target.eos_token_ids, self._decode))
                 continue
-            key = verify.noise_key(request.sampling.seed, request.row_id, request.sample)
-            row = _Running(request, list(request.prompt_token_ids), limit, key, submitted, now, Acceptance())
-            self._rows.append(row)
-            admitted.append(len(self._rows) - 1)
-        if admitted:
-            self._prefill(admitted)
+            # A tree's worth of growth beyond the need, lest the row be preempted at once.
+            if self._rows and not self._fits(len(self._rows) + 1, max(self._longest(), len(row.tokens)) + MAX_NODES):
+                break  # its turn comes when a running row has ended
+            if row.first_token is None:
+                row.admitted = time.perf_counter()
+            self._rows.append(self._waiting.popleft())
         return rejected
 
-    def _num_bytes(self, num_rows: int, limit: int) -> int:
-        """Bytes of all pools for `num_rows` rows that end at `limit` tokens, each with room for a tree."""
-        pools = [self._pool] + ([self._draft_pool] if self._draft_pool else [])
-        return sum(pool.num_bytes(num_rows, limit + MAX_NODES) for pool in pools)
-
-    def _reserve(self, num_rows: int, limit: int) -> bool:
-        """Make room for one row more, if the bound allows it; at best for all that wait, since growing copies."""
-        if not self._fits(num_rows, limit):
-            if num_rows > 1:
-                return False
-            # Nothing runs: pools that were shaped for other rows make way.
-            self._pool = self._target.pool()
-            self._draft_pool = self._draft.pool() if self._draft is not None else None
-        wanted = min(self.capacity, len(self._rows) + len(self._waiting))
-        slots = wanted if self._fits(wanted, limit) else num_rows
-        for pool in filter(None, (self._pool, self._draft_pool)):
-            pool.reserve(slots, limit + MAX_NODES)
-        return True
-
-    def _fits(self, num_rows: int, limit: int) -> bool:
-        slots, length = max(num_rows, self._pool.slots), max(limit, self._pool.length - MAX_NODES)
-        return self._num_bytes(slots, length) <= self._memory_bytes
-
-    def _problem(self, request: Request, limit: int) -> tuple[str, str] | None:
-        num_prompt = len(request.prompt_token_ids)
+    def _problem(self, row: Row) -> tuple[str, str] | None:
+        num_prompt = len(row.request.prompt_token_ids)
         if num_prompt == 0:
             return "empty_prompt", "the prompt has no tokens"
         if num_prompt >= self._target.max_tokens:
             return "prompt_too_long", f"{num_prompt} prompt tokens; the model takes {self._target.max_tokens} in all"
-        if self._num_bytes(1, limit) > self._memory_bytes:
-            needed = self._num_bytes(1, limit)
-            return "out_of_memory", f"a KV cache of {limit} tokens takes {needed} bytes; there are {self._memory_bytes}"
+        if not self._fits(1, row.limit):
+            needed, there = self._num_bytes(1, row.limit), self._memory_bytes
+            return "out_of_memory", f"a KV cache of {row.limit} tokens takes {needed} bytes; there are {there}"
         return None
 
-    def _prefill(self, slots: list[int]) -> None:
-        """Run the prompts of the rows in `slots` through target and draft, packed, in chunks; sample first tokens."""
-        todo = deque((slot, 0) for slot in slots)
-        while todo:
-            spans: list[Span] = []
-            packed = 0
-            while todo and packed < self._prefill_tokens:
-                slot, begin = todo.popleft()
-                end = min(len(self._rows[slot].tokens), begin + self._prefill_tokens - packed)
-                spans.append(Span(packed, packed + end - begin, slot, begin))
-                packed += end - begin
-                if end < len(self._rows[slot].tokens):
-                    todo.appendleft((slot, end))
-            self._prefill_pass(spans)
+    def _pools(self) -> list[Pool]:
+        return [self._pool] if self._draft_pool is None else [self._pool, self._draft_pool]
 
-    def _prefill_pass(self, spans: list[Span]) -> None:
-        token_ids = self._ids(
-            [t for s in spans for t in self._rows[s.slot].tokens[s.prefix : s.prefix + s.stop - s.start]]
-        )
-        final, captured = self._target.forward(token_ids, self._target.layout([], spans), self._pool)
-        ends = [s for s in spans if s.prefix + s.stop - s.start == len(self._rows[s.slot].tokens)]
-        if ends:
-            at = torch.tensor([s.stop - 1 for s in ends], device=final.device)
-            draws = [self._rows[s.slot].next_draw() for s in ends]
-            tokens = verify.draw(self._target.logits(final[at]), draws)
-        if self._draft is not None:
-            self._prefill_draft(self._draft, spans, self._draft.fuse(final, captured))
-        for span, token in zip(ends, tokens if ends else [], strict=True):
-            self._rows[span.slot].first_token = time.perf_counter()
-            self._append(self._rows[span.slot], [token])
+    def _num_bytes(self, num_rows: int, num_tokens: int) -> int:
+        """Bytes of all pools for `num_rows` rows of `num_tokens` tokens, each with room for a tree."""
+        return sum(pool.num_bytes(num_rows, num_tokens + MAX_NODES) for pool in self._pools())
 
-    def _prefill_draft(self, draft: Draft, spans: list[Span], features: torch.Tensor) -> None:
-        """Write the draft slots whose next token the prompt tells; the last one waits for the first sampled token."""
-        known: list[Span] = []
-        next_tokens: list[int] = []
-        at: list[int] = []
-        kept = 0
-        for span in spans:
-            row, end = self._rows[span.slot], span.prefix + span.stop - span.start
-            num = span.stop - span.start
-            if end == len(row.tokens):
-                num -= 1
-                row.features = features[span.stop - 1 : span.stop].clone()
-            if num:
-                known.append(Span(kept, kept + num, span.slot, span.prefix))
-                next_tokens += row.tokens[span.prefix + 1 : span.prefix + 1 + num]
-                at += range(span.start, span.start + num)
-                kept += num
-            row.draft_len = span.prefix + num
-        if known:
-            assert self._draft_pool is not None
-            selected = features[torch.tensor(at, device=features.device)]
-            draft.forward(self._ids(next_tokens), selected, draft.layout([], known), self._draft_pool)
+    def _fits(self, num_rows: int, num_tokens: int) -> bool:
+        return self._num_bytes(num_rows, num_tokens) <= self._memory_bytes
 
-    def _decode_step(self) -> None:
-        rows = self._rows
-        roots = [row.tokens[-1] for row in rows]
-        trees = self._grow(self._draft, roots) if self._draft is not None else forest.root_only(roots)
-        starts: list[int] = []
+    def _longest(self) -> int:
+        return max(len(row.tokens) for row in self._rows)
+
+    def _make_room(self) -> None:
+        """Make the pools hold what the rows need for this step; while that does not fit, the youngest row waits."""
+        while len(self._rows) > 1 and not self._fits(len(self._rows), self._longest()):
+            self._preempt()
+        rows, longest = len(self._rows), self._longest()
+        if self._pool.slots >= rows and self._pool.length >= longest + MAX_NODES:
+            return
+        # Growing copies: at best there is room for all that wait and for all that they may become.
+        everyone = min(self._row_limit, rows + len(self._waiting))
+        at_last = max(row.limit for row in (*self._rows, *self._waiting))
+        ways = [(everyone, at_last), (rows, at_last), (everyone, longest), (rows, longest)]
+        slots, tokens = next((way for way in ways if self._fits(*way)), ways[-1])
+        for pool in self._pools():
+            pool.resize(slots, tokens + MAX_NODES)
+
+    def _preempt(self) -> None:
+        slot = max(range(len(self._rows)), key=lambda s: self._rows[s].admitted)
+        row = self._remove(slot)
+        row.forget_cache()
+        self._waiting.appendleft(row)
+
+    def _remove(self, slot: int) -> Row:
+        """Take a row out, closing the hole with the last row so that slots stay 0..R-1."""
+        row, last = self._rows[slot], self._rows.pop()
+        if slot < len(self._rows):
+            self._rows[slot] = last
+            self._pool.move(len(self._rows), slot, last.seen)
+            if self._draft_pool is not None:
+                self._draft_pool.move(len(self._rows), slot, last.draft_len)
+        return row
+
+    def _shrink(self, error: Exception) -> None:
+        """Memory ran out: go on with half the rows. A row that does not fit alone ends with the error."""
+        if len(self._rows) == 1:
+            self._rows[0].finish = "error"
+            self._rows[0].error = ("out_of_memory", f"the machine has no memory for this row alone: {error}")
+            return
+        self._row_limit = max(1, len(self._rows) // 2)
+        while self._rows:  # the pass broke off anywhere: no cache is trusted
+            self._preempt()
+        if self._target.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _pass(self) -> None:
+        """One step of every row: draft, then one pass of the target over trees and prompts, then verify and keep."""
+        began, before = time.perf_counter(), self.num_tokens
+        decoding = [slot for slot, row in enumerate(self._rows) if row.unread == 0]
+        rows = [self._rows[slot] for slot in decoding]
+        context = sum(row.seen for row in rows)
+        drafted, trees = self._grow(decoding)
+        grown = time.perf_counter()
         tiles: list[Tile] = []
         token_ids: list[int] = []
-        for slot, (row, tree) in enumerate(zip(rows, trees, strict=True)):
-            prefix = len(row.tokens) - 1
-            starts.append(len(token_ids))
-            positions = [prefix + depth for depth in tree.depths]
-            tiles.append(Tile(len(token_ids), slot, prefix, tree.bits, list(range(len(tree.tokens))), positions))
+        for slot, row, tree in zip(decoding, rows, trees, strict=True):
+            positions = [row.seen + depth for depth in tree.depths]
+            tiles.append(Tile(len(token_ids), slot, row.seen, tree.bits, list(range(len(tree.tokens))), positions))
             token_ids += tree.tokens
-        final, captured = self._target.forward(self._ids(token_ids), self._target.layout(tiles, []), self._pool)
-        logits = self._target.logits(final)
+        num_nodes = len(token_ids)
+        spans = self._chunk(num_nodes)
+        for span in spans:
+            token_ids += self._rows[span.slot].tokens[span.prefix : span.prefix + span.stop - span.start]
+        final, captured = self._target.forward(self._ids(token_ids), self._target.layout(tiles, spans), self._pool)
+        # A prompt that was read to its end gives its row's first token; a row that resumes has it already.
+        ends = [s for s in spans if self._rows[s.slot].unread == s.stop - s.start and not self._rows[s.slot].num_output]
+        logits = self._target.logits(final[self._ids([*range(num_nodes), *(span.stop - 1 for span in ends)])])
+        judged = time.perf_counter()
+        reached: list[tuple[int, int, float]] = []
 
         def pick(alive: list[int], nodes: list[int]) -> list[int]:
-            at = torch.tensor([starts[r] + node for r, node in zip(alive, nodes, strict=True)], device=final.device)
-            ahead = [trees[r].depths[node] for r, node in zip(alive, nodes, strict=True)]
-            return verify.draw(logits[at], [rows[r].next_draw(depth) for r, depth in zip(alive, ahead, strict=True)])
+            at = self._ids([tiles[r].start + node for r, node in zip(alive, nodes, strict=True)])
+            children = [trees[r].children(node) for r, node in zip(alive, nodes, strict=True)]
+            draws = [rows[r].next_draw(trees[r].depths[node]) for r, node in zip(alive, nodes, strict=True)]
+            asked = [[trees[r].tokens[c] for c in below] for r, below in zip(alive, children, strict=True)]
+            tokens, chances = verify.draw(logits[at], draws, asked)
+            for r, below, chance in zip(alive, children, chances, strict=True):
+                reached.extend((r, trees[r].candidates[c - 1], p) for c, p in zip(below, chance, strict=True))
+            return tokens
 
         walks = verify.walk(trees, pick)
-        self._commit(trees, walks, starts, final, captured)
+        first, _ = verify.draw(logits[num_nodes:], [self._rows[span.slot].next_draw() for span in ends])
+        self._keep(tiles, walks, spans, final, captured)
+        for row, tree, walked in zip(rows, trees, walks, strict=True):
+            self._count(row, tree, walked)
+        for span, token in zip(ends, first, strict=True):
+            self._append(self._rows[span.slot], [token])
+        ended = time.perf_counter()
+        for name, seconds in (("draft", grown - began), ("target", judged - grown), ("host", ended - judged)):
+            self.seconds[name] += seconds
+        if self._width is not None and self._draft is not None and rows:
+            num_tokens = self.num_tokens - before - len(ends)
+            times = (grown - began, ended - grown)
+            self._width.spent(Step(len(rows), context, num_nodes, num_tokens, *times, bool(spans), drafted), reached)
 
-    def _grow(self, draft: Draft, roots: list[int]) -> list[forest.RowTree]:
-        """Catch the draft up on true features, then let it draft."""
-        assert self._draft_pool is not None
-        assert self._tree is not None
+    def _grow(self, slots: list[int]) -> tuple[Drafted | None, list[forest.RowTree]]:
+        """A tree for each of the rows in `slots`: catch the draft up on true features and let it draft, or roots."""
+        rows = [self._rows[slot] for slot in slots]
+        roots = [row.tokens[-1] for row in rows]
+        if self._draft is None or self._draft_pool is None or self._width is None or not rows:
+            return None, forest.root_only(roots)
+        # A step emits one token more than it accepts, so the last token of a row is never worth drafting.
+        caps = [row.limit - len(row.tokens) - 1 for row in rows]
+        pending = sum(row.seen - row.draft_len for row in rows)
+        context = sum(row.seen for row in rows)
+        shape = self._width.shape(len(rows), context, pending, max(caps))
+        if shape is None:
+            if sum(row.seen - row.draft_len for row in self._rows) > PENDING_TOKENS:
+                # The last slot waits, for its output is where drafting starts.
+                behind = [slot for slot, row in enumerate(self._rows) if row.seen - row.draft_len > 1]
+                self._catch_up(self._draft, self._draft_pool, behind, hold_back=1)
+            return None, forest.root_only(roots)
+        state = self._catch_up(self._draft, self._draft_pool, slots)
+        lengths = [row.draft_len for row in rows]
+        candidates = forest.grow(self._draft, self._draft_pool, slots, state, lengths, shape)
+        kept = self._width.keep(candidates, self._ids(caps), shape, context)
+        return Drafted(shape, pending, candidates), forest.trees(candidates, kept, roots)
+
+    def _catch_up(self, draft: Draft, pool: Pool, slots: list[int], hold_back: int = 0) -> torch.Tensor:
+        """Write the draft slots of all pending features but each row's last `hold_back`; each row's last output."""
         tiles: list[Tile] = []
+        spans: list[Span] = []
         next_tokens: list[int] = []
         features: list[torch.Tensor] = []
         last: list[int] = []
-        for slot, row in enumerate(self._rows):
-            assert row.features is not None
-            num = row.features.shape[0]
-            assert row.draft_len + num == len(row.tokens) - 1, "the draft's slots end where the root begins"
-            bits = [(2 << t) - 1 for t in range(num)]
-            positions = [row.draft_len + t for t in range(num)]
-            tiles.append(Tile(len(next_tokens), slot, row.draft_len, bits, list(range(num)), positions))
-            next_tokens += row.tokens[row.draft_len + 1 :]
-            features.append(row.features)
+        for slot in slots:
+            row = self._rows[slot]
+            start, begin, num = len(next_tokens), row.draft_len, row.seen - row.draft_len - hold_back
+            if num > MAX_NODES:
+                spans.append(Span(start, start + num, slot, begin))
+            else:
+                bits = [(2 << t) - 1 for t in range(num)]
+                tiles.append(Tile(start, slot, begin, bits, list(range(num)), [begin + t for t in range(num)]))
+            next_tokens += row.tokens[begin + 1 : begin + 1 + num]
+            features.append(row.take_pending(num))
             last.append(len(next_tokens) - 1)
-            row.draft_len += num
-            row.features = None
-        layout = draft.layout(tiles, [])
-        out = draft.forward(self._ids(next_tokens), torch.cat(features), layout, self._draft_pool)
-        # A step emits one token more than it accepts, so the last token of a row is never worth drafting.
-        caps = [min(self._tree.depth, row.limit - len(row.tokens) - 1) for row in self._rows]
-        context = [row.draft_len for row in self._rows]
-        state = out[torch.tensor(last, device=out.device)]
-        return forest.grow(draft, self._draft_pool, roots, state, context, caps, self._tree)
+        out = draft.forward(self._ids(next_tokens), torch.cat(features), draft.layout(tiles, spans), pool)
+        return out[self._ids(last)]
 
-    def _commit(
+    def _chunk(self, start: int) -> list[Span]:
+        """The next stretch of the prompts that are being read, oldest rows first, packed from `start` on."""
+        room = self._prefill_tokens // 4 if start else self._prefill_tokens
+        spans: list[Span] = []
+        reading = (slot for slot, row in enumerate(self._rows) if row.unread)
+        for slot in sorted(reading, key=lambda s: self._rows[s].admitted):
+            num = min(room, self._rows[slot].unread)
+            if num == 0:
+                break
+            spans.append(Span(start, start + num, slot, self._rows[slot].seen))
+            start, room = start + num, room - num
+        return spans
+
+    def _keep(
         self,
-        trees: list[forest.RowTree],
+        tiles: list[Tile],
         walks: list[verify.Walk],
-        starts: list[int],
+        spans: list[Span],
         final: torch.Tensor,
         captured: torch.Tensor | None,
     ) -> None:
-        """Keep the accepted nodes' keys, values and features; append the new tokens."""
+        """Keep the keys, values and features of accepted nodes and of what was read."""
         moves: list[tuple[int, int, int]] = []
-        seen: list[int] = []
-        for slot, (row, path) in enumerate(zip(self._rows, (w.path for w in walks), strict=True)):
-            prefix = len(row.tokens) - 1
-            moves += [(slot, prefix + node, prefix + k) for k, node in enumerate(path, 1) if node != k]
-            seen += [starts[slot] + node for node in (0, *path)]
+        kept: list[tuple[Row, list[int]]] = []
+        for tile, walked in zip(tiles, walks, strict=True):
+            moves += [(tile.slot, tile.prefix + n, tile.prefix + k) for k, n in enumerate(walked.path, 1) if n != k]
+            kept.append((self._rows[tile.slot], [tile.start + node for node in (0, *walked.path)]))
+        kept += [(self._rows[span.slot], list(range(span.start, span.stop))) for span in spans]
         if moves:
-            self._pool.compact(*(torch.tensor(column, device=final.device) for column in zip(*moves, strict=True)))
+            self._pool.compact(*(self._ids(column) for column in zip(*moves, strict=True)))
         if self._draft is not None:
-            at = torch.tensor(seen, device=final.device)
+            at = self._ids([node for _, nodes in kept for node in nodes])
             fused = self._draft.fuse(final[at], None if captured is None else captured[at])
-            for row, features in zip(self._rows, torch.split(fused, [len(w.path) + 1 for w in walks]), strict=True):
-                row.features = features
-        for row, tree, walked in zip(self._rows, trees, walks, strict=True):
-            stats, num_drafted = row.acceptance, len(tree.tokens) - 1
-            stats.target_steps += 1
-            stats.draft_steps += num_drafted > 0
-            stats.draft_tokens += num_drafted
-            num_kept = min(len(walked.path), self._append(row, walked.tokens))
-            stats.accepted_per_depth += [0] * (max(tree.depths) - len(stats.accepted_per_depth))
-            for depth in range(num_kept):
-                stats.accepted_per_depth[depth] += 1
+            for (row, _), features in zip(kept, torch.split(fused, [len(nodes) for _, nodes in kept]), strict=True):
+                row.pending.append(features)
+        for row, nodes in kept:
+            row.seen += len(nodes)
 
-    def _append(self, row: _Running, tokens: list[int]) -> int:
-        """Append tokens until the row ends; returns how many were kept and sets `row.finish` when it did."""
-        sampling = row.request.sampling
-        for i, token in enumerate(tokens, 1):
-            row.tokens.append(token)
-            self.num_tokens += 1
-            if (
-                token in self._target.eos_token_ids
-                or token in sampling.stop_token_ids
-                or (sampling.stop and self._stop_string_ends(row))
-            ):
-                row.finish = "stop"
-            elif len(row.tokens) >= row.limit:
-                row.finish = "length"
-            if row.finish is not None:
-                return i
-        return len(tokens)
+    def _count(self, row: Row, tree: forest.RowTree, walked: verify.Walk) -> None:
+        stats, num_drafted = row.acceptance, len(tree.tokens) - 1
+        stats.target_steps += 1
+        stats.draft_steps += num_drafted > 0
+        stats.draft_tokens += num_drafted
+        num_kept = min(len(walked.path), self._append(row, walked.tokens))
+        stats.accepted_per_depth += [0] * (max(tree.depths) - len(stats.accepted_per_depth))
+        for depth in range(num_kept):
+            stats.accepted_per_depth[depth] += 1
 
-    def _stop_string_ends(self, row: _Running) -> bool:
-        # A token is at least one byte, so a stop string that the newest token completes lies within this many tokens.
-        reach = max(len(s.encode()) for s in row.request.sampling.stop) + 8
-        tail = row.tokens[len(row.request.prompt_token_ids) :][-reach:]
-        return first_stop(self._decode(tail), row.request.sampling.stop) is not None
+    def _append(self, row: Row, tokens: list[int]) -> int:
+        num_kept = row.append(tokens, self._target.eos_token_ids, self._decode)
+        self.num_tokens += num_kept
+        return num_kept
 
     def _collect(self) -> list[Completion]:
-        """Take ended rows out, closing each hole with the last row so that slots stay 0..R-1."""
-        ended = []
-        for slot in range(len(self._rows) - 1, -1, -1):
-            if self._rows[slot].finish is None:
-                continue
-            ended.append(self._completion(self._rows[slot]))
-            last = self._rows.pop()
-            if slot < len(self._rows):
-                self._rows[slot] = last
-                self._pool.move(len(self._rows), slot, len(last.tokens))
-                if self._draft_pool is not None:
-                    self._draft_pool.move(len(self._rows), slot, last.draft_len)
-        return ended
+        ended = [slot for slot, row in enumerate(self._rows) if row.finish is not None]
+        rows = [self._remove(slot) for slot in reversed(ended)]
+        return [row.completion(self._target.eos_token_ids, self._decode) for row in rows]
 
-    def _completion(self, row: _Running) -> Completion:
-        assert row.finish is not None
-        request, now = row.request, time.perf_counter()
-        token_ids = row.tokens[len(request.prompt_token_ids) :]
-        ends = self._target.eos_token_ids.union(request.sampling.stop_token_ids)
-        shown = token_ids[:-1] if token_ids[-1] in ends else token_ids
-        text = self._decode(shown)
-        cut = first_stop(text, request.sampling.stop)
-        return Completion(
-            request.key,
-            request.sample,
-            token_ids,
-            text if cut is None else text[:cut],
-            row.finish,
-            row.acceptance,
-            queue_s=row.admitted - row.submitted,
-            prefill_s=row.first_token - row.admitted,
-            decode_s=now - row.first_token,
-        )
+    def _ids(self, values: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._target.device)
 
-    def _ids(self, token_ids: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(token_ids, device=self._target.device)
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether it is the device's or the machine's memory that ran out; torch says so on a CPU only in words."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def free_bytes(device: torch.device) -> int:

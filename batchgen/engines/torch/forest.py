@@ -1,8 +1,9 @@
 """Draft trees for all running rows at once: deterministic top-k of the head, level by level.
 
 As EAGLE-2 (arXiv 2406.16858) and SafeAILab's `topK_genrate`: the `width` likeliest children of each of the `width`
-likeliest nodes of a level are candidates, and the `nodes` likeliest candidates of all levels are verified. A chain is
-width 1. Trees never look at sampling noise, which is what makes verification by following the sampled token exact.
+likeliest nodes of a level are candidates, of which the verified nodes are chosen: the likeliest of each row here, or
+across all rows by `speculation.budget`. A chain is width 1. Trees never look at sampling noise, which is what makes
+verification by following the sampled token exact.
 A child ties with a parent of probability 1; selection is stable in level order, so that a parent is never dropped
 before its child (SGLang's "invalid eagle tree" is that tie).
 """
@@ -47,20 +48,30 @@ class RowTree:
     parents: list[int]
     depths: list[int]
     bits: list[int]
+    candidates: list[int] = dataclasses.field(default_factory=list)
+    """The `Candidates` column of each node but the root."""
+
+    def children(self, node: int) -> list[int]:
+        """The nodes whose parent is `node`."""
+        return [i for i in range(node + 1, len(self.tokens)) if self.parents[i] == node]
 
     def child(self, node: int, token: int) -> int | None:
         """The child of `node` that carries `token`, if the tree has one."""
-        for i in range(node + 1, len(self.tokens)):
-            if self.parents[i] == node and self.tokens[i] == token:
-                return i
-        return None
+        return next((i for i in self.children(node) if self.tokens[i] == token), None)
 
 
 @dataclasses.dataclass(slots=True)
-class _Candidates:
-    """Every drafted node so far, [B, P] each, in level order; `parent` is a candidate, or -1 under the root."""
+class Candidates:
+    """Every drafted node of B rows, [B, P] each, in level order.
+
+    score: cumulative draft log-probability of the path, float32, by which the beam is chosen
+    logp: draft log-probability of the token itself; rank: its place among its siblings, 0 the likeliest
+    parent: a candidate, or -1 under the root; depth: 1 under the root
+    """
 
     score: torch.Tensor
+    logp: torch.Tensor
+    rank: torch.Tensor
     token: torch.Tensor
     parent: torch.Tensor
     depth: torch.Tensor
@@ -72,75 +83,67 @@ def root_only(tokens: Sequence[int]) -> list[RowTree]:
 
 
 def grow(
-    draft: Draft,
-    pool: Pool,
-    roots: Sequence[int],
-    state: torch.Tensor,
-    context: Sequence[int],
-    depth_caps: Sequence[int],
-    shape: Shape,
-) -> list[RowTree]:
-    """Draft one tree per row.
+    draft: Draft, pool: Pool, slots: Sequence[int], state: torch.Tensor, context: Sequence[int], shape: Shape
+) -> Candidates:
+    """Draft `shape.depth` levels for all rows.
 
-    Row b stands in slot b of `pool`, with `context[b]` true slots written, the last of which gave the output state
-    `state[b]`. `depth_caps[b]` is the deepest level that can still be of use to the row (0: none).
+    Row b stands in slot `slots[b]` of `pool`, with `context[b]` true slots written, the last of which gave the output
+    state `state[b]`.
     """
-    num_rows, width = len(roots), shape.width
-    levels = min(shape.depth, max(depth_caps))
-    if levels == 0:
-        return root_only(roots)
+    num_rows, width = len(slots), shape.width
+    rank = torch.arange(width, device=state.device)
     score, token = draft.top(state, width)
-    root_parent = torch.full_like(token, -1)
-    found = [_Candidates(score, token, root_parent, torch.ones_like(token))]
+    parent = torch.full_like(token, -1)
+    found = [Candidates(score, score, rank.expand(num_rows, -1), token, parent, torch.ones_like(token))]
     num_candidates = width
-    beam = torch.arange(width, device=state.device).expand(num_rows, -1)
+    beam = rank.expand(num_rows, -1)
     parent_state = state[:, None].expand(-1, width, -1)
-    bits = (1 << torch.arange(width, device=state.device)).expand(num_rows, -1)
-    for level in range(1, levels):
+    bits = (1 << rank).expand(num_rows, -1)
+    for level in range(1, shape.depth):
         columns = [(level - 1) * width + j for j in range(width)]
         tiles = [
-            Tile(b * width, b, context[b], row_bits, columns, [context[b] - 1 + level] * width)
+            Tile(b * width, slots[b], context[b], row_bits, columns, [context[b] - 1 + level] * width)
             for b, row_bits in enumerate(bits.tolist())
         ]
         layout = draft.layout(tiles, [])
         out = draft.forward(token.reshape(-1), parent_state.reshape(num_rows * width, -1), layout, pool)
-        logp, children = draft.top(out, width)
-        child_score = (score[:, :, None] + logp.view(num_rows, width, width)).view(num_rows, -1)
-        child_token = children.view(num_rows, -1)
-        child_parent = beam.repeat_interleave(width, 1)
-        found.append(_Candidates(child_score, child_token, child_parent, torch.full_like(child_token, level + 1)))
+        logp, children = (t.view(num_rows, width * width) for t in draft.top(out, width))
+        child_score = score.repeat_interleave(width, 1) + logp
+        child_rank = rank.repeat(width).expand(num_rows, -1)
+        depth = torch.full_like(children, level + 1)
+        found.append(Candidates(child_score, logp, child_rank, children, beam.repeat_interleave(width, 1), depth))
         best = child_score.sort(dim=-1, descending=True, stable=True).indices[:, :width]
-        score, token = child_score.gather(1, best), child_token.gather(1, best)
+        score, token = child_score.gather(1, best), children.gather(1, best)
         beam = num_candidates + best
         parent_state = out.view(num_rows, width, -1).gather(1, (best // width)[..., None].expand(-1, -1, out.shape[-1]))
-        own = 1 << (level * width + torch.arange(width, device=state.device))
-        bits = bits.gather(1, best // width) | own if level + 1 < levels else bits
+        own = 1 << (level * width + rank)
+        bits = bits.gather(1, best // width) | own if level + 1 < shape.depth else bits
         num_candidates += width * width
-    everything = _Candidates(*(torch.cat([getattr(c, f) for c in found], 1) for f in _Candidates.__slots__))
-    return _select(everything, roots, depth_caps, shape.nodes)
+    return Candidates(*(torch.cat([getattr(c, f) for c in found], 1) for f in Candidates.__slots__))
 
 
-def _select(candidates: _Candidates, roots: Sequence[int], depth_caps: Sequence[int], nodes: int) -> list[RowTree]:
-    caps = torch.tensor(depth_caps, device=candidates.score.device)[:, None]
-    score = candidates.score.masked_fill(candidates.depth > caps, float("-inf"))
-    order = score.sort(dim=-1, descending=True, stable=True).indices[:, :nodes]
-    kept = order.sort(-1).values
-    usable = score.gather(1, kept).isfinite().tolist()
-    tokens, parents, depths = (
-        getattr(candidates, field).gather(1, kept).tolist() for field in ("token", "parent", "depth")
-    )
-    trees = []
+def likeliest(candidates: Candidates, depth_caps: torch.Tensor, nodes: int) -> torch.Tensor:
+    """Each row's `nodes` likeliest candidates no deeper than `depth_caps` [B], bool [B, P]; parents always included."""
+    usable = candidates.depth <= depth_caps[:, None]
+    order = candidates.score.masked_fill(~usable, float("-inf")).sort(dim=-1, descending=True, stable=True).indices
+    kept = torch.zeros_like(usable).scatter_(1, order[:, :nodes], True)
+    return kept & usable
+
+
+def trees(candidates: Candidates, kept: torch.Tensor, roots: Sequence[int]) -> list[RowTree]:
+    """Every row's tree of its kept candidates, among which no node lacks its parent."""
+    tokens, parents, depths = (getattr(candidates, field).tolist() for field in ("token", "parent", "depth"))
+    made = []
     for b, row in enumerate(kept.tolist()):
         tree = RowTree([roots[b]], [0], [0], [1])
         place = {-1: 0}
-        for i, candidate in enumerate(row):
-            if not usable[b][i]:
-                continue
-            parent = place[parents[b][i]]
+        for candidate in (i for i, keep in enumerate(row) if keep):
+            parent = place[parents[b][candidate]]
             place[candidate] = len(tree.tokens)
             tree.bits.append(tree.bits[parent] | 1 << len(tree.tokens))
-            tree.tokens.append(tokens[b][i])
+            tree.tokens.append(tokens[b][candidate])
             tree.parents.append(parent)
-            tree.depths.append(depths[b][i])
-        trees.append(tree)
-    return trees
+            tree.depths.append(depths[b][candidate])
+            tree.candidates.append(candidate)
+        made.append(tree)
+    return made

@@ -1,7 +1,7 @@
 """Keys and values of the running rows, one contiguous stretch per slot.
 
 Slots in use are always 0..R-1 (`move` fills a hole with the last row), so that attention reads a view and never a copy.
-Room is made when a row is admitted, for all that it may become; rows wait while there is none. Rejected tree nodes are
+Rejected tree nodes are
 not cleared, they lie beyond every length mask and are overwritten by the next step.
 """
 
@@ -31,7 +31,7 @@ class Pool:
         self.k = self.v = self._zeros(0, 0)
 
     def num_bytes(self, slots: int, length: int) -> int:
-        """Bytes that `reserve(slots, length)` comes to, keys and values of all layers."""
+        """Bytes that `resize(slots, length)` comes to, keys and values of all layers."""
         slots, length = _round(slots, length)
         return 2 * self._num_layers * slots * self._num_kv_heads * length * self._head_dim * self._dtype.itemsize
 
@@ -43,15 +43,16 @@ class Pool:
             return torch.from_numpy(raw).view(self._dtype)
         return torch.zeros(shape, dtype=self._dtype, device=self._device)
 
-    def reserve(self, slots: int, length: int) -> None:
-        """Make room for `slots` rows of `length` tokens; what is there is kept. Never shrinks."""
-        slots, length = _round(max(slots, self.slots), max(length, self.length))
+    def resize(self, slots: int, length: int) -> None:
+        """Hold `slots` rows of `length` tokens, rounded up; what is there and still has a place is kept."""
+        slots, length = _round(slots, length)
         if (slots, length) == (self.slots, self.length):
             return
+        old_slots, old_length = min(slots, self.slots), min(length, self.length)
         for name in ("k", "v"):
-            grown = self._zeros(slots, length)
-            grown[:, : self.slots, :, : self.length] = getattr(self, name)
-            setattr(self, name, grown)
+            new = self._zeros(slots, length)
+            new[:, :old_slots, :, :old_length] = getattr(self, name)[:, :old_slots, :, :old_length]
+            setattr(self, name, new)
         self.slots, self.length = slots, length
 
     def write(self, layer: int, k_NKD: torch.Tensor, v_NKD: torch.Tensor, layout: Layout) -> None:

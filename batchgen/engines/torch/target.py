@@ -1,9 +1,10 @@
-"""The target model: an unmodified transformers decoder over our own KV pool.
+"""The target model: a transformers decoder over our own KV pool.
 
-transformers calls our attention function with rotated queries, keys and values; ours writes them to the pool and reads
-prefix and tree from there. The packed layout travels as a keyword argument of `forward`, so no global state is set.
-Auxiliary hidden states are the residual stream *after L layers* (L = 0 is the embedding), taken by pre-hooks; the
-convention is EAGLE-3's as in vLLM (vllm/model_executor/models/interfaces.py, 0.32).
+Layers of the usual make run in `decoder.py`, on merged weights. Any other decoder runs unmodified: transformers calls
+our attention function with rotated queries, keys and values; ours writes them to the pool and reads prefix and tree
+from there. The packed layout travels as a keyword argument of `forward`, so no global state is set.
+Auxiliary hidden states are the residual stream *after L layers* (L = 0 is the embedding); the convention is EAGLE-3's
+as in vLLM (vllm/model_executor/models/interfaces.py, 0.32).
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig,
 from transformers.cache_utils import Cache
 from transformers.utils.logging import disable_progress_bar
 
+from batchgen.engines.torch.decoder import Decoder
 from batchgen.engines.torch.kvcache import Layout, Pool, Tile
-from batchgen.engines.torch.wide import widen
+from batchgen.engines.torch.linear import Weight, use_weights
 from batchgen.errors import ModelError
 from batchgen_kernels.tree_attention import Span, tree_attention
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 _ATTENTION = "batchgen_tree"
 _WAY_OUT = "use engine.kind: vllm for this model"
+_CANNOT_RUN = (TypeError, KeyError, AttributeError, RuntimeError, ValueError)
 
 
 class _PoolCache(Cache):
@@ -80,7 +83,7 @@ class Target:
         try:
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
-            why = str(error).partition("\n")[0][:200]
+            why = _first_line(error)
             raise ModelError(f"{path}: transformers cannot read its config ({why}); {_WAY_OUT}") from error
         _refuse_unsupported(config, path)
         disable_progress_bar()  # type: ignore[no-untyped-call]  # the job shows its own progress
@@ -88,49 +91,65 @@ class Target:
             path, dtype=dtype, attn_implementation=_ATTENTION, trust_remote_code=False
         )
         model.to(device).eval()
-        widen(model)
         self.config = model.config
         self.dtype, self.device = dtype, device
-        self.decoder = model.get_decoder()
-        self.lm_head = model.get_output_embeddings()
-        self.embedding: torch.Tensor = model.get_input_embeddings().weight
+        self._theirs = model.get_decoder()
+        self.lm_head = Weight(*_weight_and_bias(model.get_output_embeddings()))
+        self.embedding: torch.Tensor = model.get_input_embeddings().weight.detach()
         self.num_layers = int(config.num_hidden_layers)
         self._heads = int(config.num_attention_heads)
         self._group = self._heads // (getattr(config, "num_key_value_heads", None) or self._heads)
         self.max_tokens = int(config.max_position_embeddings)
         self.eos_token_ids = _eos_token_ids(path, config)
+        self._capture: tuple[int, ...] = ()
         self._captured: dict[int, torch.Tensor] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self._check(model, path)
+        self._ours: Decoder | None = None
+        self._choose(model, path)
 
-    def _check(self, model: Any, path: Path) -> None:
-        """Compare a few logits with the model's own forward pass, as transformers runs it.
+    def _choose(self, model: Any, path: Path) -> None:
+        """Run on our layers if they give the model's own logits, else on transformers' if those do.
 
         Architectures that scale or cap their logits, or do not attend through the interface, load without complaint
         and would be sampled wrongly.
         """
-        ids = torch.arange(12, device=self.device) % self.embedding.shape[0]
         try:
             model.set_attn_implementation("eager")
             with torch.no_grad():
-                own = model(input_ids=ids[None], use_cache=False).logits[0].float()
+                own = model(input_ids=self._probe()[None], use_cache=False).logits[0].float()
             model.set_attn_implementation(_ATTENTION)
-            pool = self.pool()
-            pool.reserve(1, len(ids))
-            spans = [Span(0, 7, 0, 0), Span(0, 5, 0, 7)]
-            layouts = [self.layout([], [span]) for span in spans]
-            halves = [self.forward(i, at, pool)[0] for i, at in zip((ids[:7], ids[7:]), layouts, strict=True)]
-            ours = self.logits(torch.cat(halves)).float()
-        except (TypeError, KeyError, AttributeError, RuntimeError, ValueError) as error:
-            why = str(error).partition("\n")[0][:200]
-            raise ModelError(
-                f"{path}: the torch engine cannot run {type(model).__name__} ({why}); {_WAY_OUT}"
-            ) from error
-        off = float((ours - own).norm() / own.norm())
+        except _CANNOT_RUN as error:
+            raise self._refused(model, path, _first_line(error)) from error
+        try:
+            self._ours = Decoder(self._theirs, self._heads, self._heads // self._group)
+            if self._differs(own) is None:
+                self._theirs = None  # its weights live on in ours
+                return
+        except (TypeError, AttributeError, RuntimeError):
+            pass  # of another make
+        self._ours = None
+        use_weights(self._theirs)
+        try:
+            problem = self._differs(own)
+        except _CANNOT_RUN as error:
+            raise self._refused(model, path, _first_line(error)) from error
+        if problem is not None:
+            raise self._refused(model, path, problem)
+
+    def _probe(self) -> torch.Tensor:
+        return torch.arange(12, device=self.device) % self.embedding.shape[0]
+
+    def _differs(self, own: torch.Tensor) -> str | None:
+        ids, pool = self._probe(), self.pool()
+        pool.resize(1, len(ids))
+        layouts = [self.layout([], [span]) for span in (Span(0, 7, 0, 0), Span(0, 5, 0, 7))]
+        halves = [self.forward(i, at, pool)[0] for i, at in zip((ids[:7], ids[7:]), layouts, strict=True)]
+        off = float((self.logits(torch.cat(halves)).float() - own).norm() / own.norm())
         # Two orders of summation differ by a tenth in bfloat16 after 30 layers, and by 1e-5 in float32.
-        if not off < (0.001 if self.dtype is torch.float32 else 0.3):
-            kind = type(model).__name__
-            raise ModelError(f"{path}: the torch engine's logits of {kind} are off by {off:.1%}; {_WAY_OUT}")
+        return None if off < (0.001 if self.dtype is torch.float32 else 0.3) else f"its logits are off by {off:.1%}"
+
+    def _refused(self, model: Any, path: Path, why: str) -> ModelError:
+        return ModelError(f"{path}: the torch engine cannot run {type(model).__name__} ({why}); {_WAY_OUT}")
 
     def pool(self) -> Pool:
         """An empty KV pool for this model."""
@@ -143,9 +162,12 @@ class Target:
 
     def capture(self, layers: Sequence[int]) -> None:
         """From now on `forward` also returns the residual stream after exactly these decoder layers."""
+        self._capture = tuple(sorted(set(layers)))
+        if self._theirs is None:
+            return
         for hook in self._hooks:
             hook.remove()
-        stops = [*self.decoder.layers, self.decoder.norm]
+        stops = [*self._theirs.layers, self._theirs.norm]
         self._hooks = [stops[n].register_forward_pre_hook(self._hook(n), with_kwargs=True) for n in layers]
 
     def _hook(self, layer: int) -> Any:
@@ -157,7 +179,10 @@ class Target:
     @torch.no_grad()
     def forward(self, token_ids: torch.Tensor, layout: Layout, pool: Pool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Final hidden states after the last norm [N, H] and the captured features side by side [N, sum H] or None."""
-        out = self.decoder(
+        if self._ours is not None:
+            hidden, features = self._ours(token_ids, layout, pool, self._capture)
+            return hidden, torch.cat(features, -1) if features else None
+        out = self._theirs(
             input_ids=token_ids[None],
             position_ids=layout.position_N[None],
             past_key_values=_PoolCache(pool, layout),
@@ -172,8 +197,15 @@ class Target:
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Next-token logits [N, V] of final hidden states [N, H]."""
-        logits: torch.Tensor = self.lm_head(hidden)
-        return logits
+        return self.lm_head(hidden)
+
+
+def _weight_and_bias(module: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return module.weight.detach(), None if getattr(module, "bias", None) is None else module.bias.detach()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:200]
 
 
 def _refuse_unsupported(config: Any, path: Path) -> None:

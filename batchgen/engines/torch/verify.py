@@ -67,14 +67,26 @@ def processed_logits(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Te
     return ids, scaled
 
 
-def draw(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
-    """One token per row of `logits` [R, V]."""
+def draw(
+    logits: torch.Tensor, draws: Sequence[Draw], asked: Sequence[Sequence[int]] | None = None
+) -> tuple[list[int], list[list[float]]]:
+    """One token per row of `logits` [R, V], and the probability that it had been each of the tokens `asked` about."""
+    if not draws:
+        return [], []
     tokens: list[int] = logits.argmax(-1).tolist()
+    chances = [
+        [float(token == t) for t in some] for token, some in zip(tokens, asked or [[]] * len(draws), strict=True)
+    ]
     for i, (sampling, key, position) in enumerate(draws):
         if sampling.temperature > 0.0:
             ids, weights = processed_logits(logits[i], sampling)
             tokens[i] = int(ids[(weights + gumbel_noise(key, position, ids)).argmax()])
-    return tokens
+            if chances[i]:
+                assert asked is not None
+                wanted = torch.tensor(asked[i], device=ids.device)
+                p = torch.softmax(weights, 0)
+                chances[i] = ((ids == wanted[:, None]) * p).sum(-1).tolist()
+    return tokens, chances
 
 
 def walk(trees: Sequence[RowTree], pick: Callable[[list[int], list[int]], list[int]]) -> list[Walk]:

@@ -58,7 +58,7 @@ class Bench:
     ) -> TorchEngine:
         target = self.target(dtype)
         draft = Draft(head, target) if tree else None
-        return kind(target, draft, decode=self.decode, batch_size=batch_size, tree=tree, **options)
+        return kind(target, draft, decode=self.decode, batch_size=batch_size, width=tree, **options)
 
     def run(self, engine: TorchEngine, prompts: list[list[int]], *samplings: Sampling) -> list[Completion]:
         """Completions of every prompt under every sampling, prompts first, in order."""

@@ -34,22 +34,13 @@ class Recording(TorchEngine):
         super().__init__(*args, **kwargs)
         self.drafted: list[tuple[list[int], list[int], list[float]]] = []
 
-    def _grow(self, draft, roots):
-        levels, top = [], draft.top
-
-        def remember(state, k):
-            logp, ids = top(state, k)
-            levels.append(logp[:, 0].tolist())
-            return logp, ids
-
-        draft.top = remember
-        before = [list(row.tokens) for row in self._rows]
-        trees = super()._grow(draft, roots)
-        draft.top = top
-        for row, (tokens, tree) in enumerate(zip(before, trees, strict=True)):
-            found = [level[row] for level in levels][: len(tree.tokens) - 1]
-            self.drafted.append((tokens, tree.tokens[1:], found))
-        return trees
+    def _grow(self, slots):
+        before = [list(self._rows[slot].tokens) for slot in slots]
+        drafted, trees = super()._grow(slots)
+        if drafted is not None:
+            for tokens, tree, logp in zip(before, trees, drafted.candidates.logp.tolist(), strict=True):
+                self.drafted.append((tokens, tree.tokens[1:], [logp[i] for i in tree.candidates]))
+        return drafted, trees
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchgen.engines.torch import forest
-from batchgen.engines.torch.forest import RowTree, Shape
+from batchgen.engines.torch.forest import Candidates, RowTree, Shape
 
 
 @st.composite
@@ -38,17 +38,20 @@ def candidates(draw):
         columns["depth"].append([d for part in depth for d in part])
         columns["token"].append(list(range(100, 100 + len(columns["score"][-1]))))
     caps = draw(st.lists(st.integers(0, levels), min_size=rows, max_size=rows))
-    made = forest._Candidates(*(torch.tensor(columns[name]) for name in ("score", "token", "parent", "depth")))
-    return made, caps, draw(st.integers(1, 20))
+    score, token, parent, depth = (torch.tensor(columns[name]) for name in ("score", "token", "parent", "depth"))
+    unused = torch.zeros_like(token)
+    made = Candidates(score, logp=score, rank=unused, token=token, parent=parent, depth=depth)
+    return made, torch.tensor(caps), draw(st.integers(1, 20))
 
 
 @given(candidates())
 def test_a_tree_is_connected_ordered_and_the_likeliest_of_its_size(made):
     pool, caps, nodes = made
-    for b, tree in enumerate(forest._select(pool, [7] * len(caps), caps, nodes)):
+    for b, tree in enumerate(forest.trees(pool, forest.likeliest(pool, caps, nodes), [7] * len(caps))):
         usable = [i for i in range(pool.score.shape[1]) if pool.depth[b, i] <= caps[b]]
         assert len(tree.tokens) - 1 == min(nodes, len(usable))
         picked = [token - 100 for token in tree.tokens[1:]]
+        assert tree.candidates == picked
         for node, candidate in enumerate(picked, 1):
             parent = int(pool.parent[b, candidate])
             assert tree.parents[node] == (0 if parent < 0 else picked.index(parent) + 1)

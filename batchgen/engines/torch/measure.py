@@ -1,0 +1,84 @@
+"""What passes cost on this machine, measured in a few seconds before the first row."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from batchgen.engines.torch.kvcache import Tile
+from batchgen.speculation.costs import Costs, Table
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from batchgen.engines.torch.draft import Draft
+    from batchgen.engines.torch.kvcache import Layout
+    from batchgen.engines.torch.target import Target
+
+_GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+# Context of each row for the grid, and the longer one that tells what context costs.
+_SHORT, _LONG = 64, 512
+
+
+def measure(target: Target, draft: Draft, batch_size: int) -> Costs:
+    """Seconds of the target's pass, a draft level and the draft's catch-up, for up to four nodes a row."""
+    pool, draft_pool = target.pool(), draft.pool()
+    for each in (pool, draft_pool):
+        each.resize(batch_size, _LONG + _GRID[-1])
+    hidden = torch.zeros(1, target.embedding.shape[1], dtype=target.dtype, device=target.device)
+    grid = [n for n in _GRID if n <= max(64, 4 * batch_size)]
+
+    def verify(tokens: int, context: int) -> None:
+        ids = torch.arange(tokens, device=target.device)
+        final, captured = target.forward(ids, _layout(target.layout, tokens, batch_size, context), pool)
+        target.logits(final).argmax(-1).tolist()
+        draft.fuse(final, captured)
+
+    def level(tokens: int, context: int) -> None:
+        state = _draft_pass(tokens, context)
+        draft.top(state, 2)[1].tolist()
+
+    def extend(tokens: int, context: int) -> None:
+        state = _draft_pass(tokens, context)
+        draft.top(state[: min(tokens, batch_size)], 2)[1].tolist()
+
+    def _draft_pass(tokens: int, context: int) -> torch.Tensor:
+        ids = torch.arange(tokens, device=target.device)
+        width = draft.config.layer.hidden_size
+        layout = _layout(draft.layout, tokens, batch_size, context)
+        return draft.forward(ids, hidden.new_zeros(tokens, width), layout, draft_pool)
+
+    def table(run: Callable[[int, int], None]) -> Table:
+        seconds = [_seconds(run, n, _SHORT) for n in grid]
+        rows = min(batch_size, grid[-1])
+        at = grid.index(max(n for n in grid if n <= rows))
+        longer = _seconds(run, grid[at], _LONG)
+        per_context_token = max(0.0, (longer - seconds[at]) / (grid[at] * (_LONG - _SHORT)))
+        bare = [s - per_context_token * min(n, batch_size) * _SHORT for n, s in zip(grid, seconds, strict=True)]
+        return Table(grid, [max(s, 1e-6) for s in bare], per_context_token)
+
+    return Costs(verify=table(verify), level=table(level), extend=table(extend), fixed=0.0)
+
+
+def _layout(lay: Callable[..., Layout], tokens: int, batch_size: int, context: int) -> Layout:
+    rows = min(tokens, batch_size)
+    tiles, start = [], 0
+    for slot in range(rows):
+        num = tokens // rows + (slot < tokens % rows)
+        bits = [(2 << t) - 1 for t in range(num)]
+        tiles.append(Tile(start, slot, context, bits, list(range(num)), [context + t for t in range(num)]))
+        start += num
+    layout: Layout = lay(tiles, [])
+    return layout
+
+
+def _seconds(run: Callable[[int, int], None], tokens: int, context: int) -> float:
+    """The faster of two, after one that pays for first use."""
+    taken = []
+    for _ in range(3):
+        began = time.perf_counter()
+        run(tokens, context)
+        taken.append(time.perf_counter() - began)
+    return min(taken[1:])

@@ -1,0 +1,118 @@
+"""One running request, from admission to its completion."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from batchgen.engines.torch import verify
+from batchgen.generate import first_stop
+from batchgen.record import Acceptance, Completion
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from batchgen.record import FinishReason, Request
+
+
+@dataclasses.dataclass(slots=True)
+class Row:
+    """A request in a slot.
+
+    `tokens` holds prompt and output. The target's pool holds the first `seen` of them. A row decodes when all but the
+    last, the *root*, are in the pool; before that its prompt is being read. The draft's pool holds `draft_len` slots,
+    and `pending` the target features of the slots from there up to `seen`, for the draft to catch up on.
+    """
+
+    request: Request
+    tokens: list[int]
+    limit: int  # length of prompt and output at which the row ends
+    key: int
+    submitted: float
+    admitted: float
+    acceptance: Acceptance = dataclasses.field(default_factory=Acceptance)
+    first_token: float | None = None
+    seen: int = 0
+    draft_len: int = 0
+    pending: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    finish: FinishReason | None = None
+    error: tuple[str, str] | None = None
+
+    @property
+    def num_output(self) -> int:
+        """Tokens generated so far."""
+        return len(self.tokens) - len(self.request.prompt_token_ids)
+
+    @property
+    def unread(self) -> int:
+        """Tokens that the target must still read before the row decodes."""
+        return len(self.tokens) - (self.num_output > 0) - self.seen
+
+    def next_draw(self, ahead: int = 0) -> verify.Draw:
+        """How to draw the next token, or the one `ahead` tokens after it."""
+        return verify.Draw(self.request.sampling, self.key, self.num_output + ahead)
+
+    def take_pending(self, num: int) -> torch.Tensor:
+        """The features of the next `num` draft slots [num, H], which count as written from here on."""
+        features = torch.cat(self.pending)
+        self.pending = [features[num:].clone()] if num < len(features) else []
+        self.draft_len += num
+        return features[:num]
+
+    def forget_cache(self) -> None:
+        """Give the slots up: what was read and generated stays, and is read again when the row resumes."""
+        self.seen = self.draft_len = 0
+        self.pending = []
+
+    def append(
+        self, tokens: Sequence[int], eos_token_ids: frozenset[int], decode: Callable[[Sequence[int]], str]
+    ) -> int:
+        """Append tokens until the row ends; returns how many were kept and sets `finish` when it did."""
+        if self.first_token is None:
+            self.first_token = time.perf_counter()
+        sampling = self.request.sampling
+        for i, token in enumerate(tokens, 1):
+            self.tokens.append(token)
+            if (
+                token in eos_token_ids
+                or token in sampling.stop_token_ids
+                or (sampling.stop and self._stop_string_ends(decode))
+            ):
+                self.finish = "stop"
+            elif len(self.tokens) >= self.limit:
+                self.finish = "length"
+            if self.finish is not None:
+                return i
+        return len(tokens)
+
+    def _stop_string_ends(self, decode: Callable[[Sequence[int]], str]) -> bool:
+        # A token is at least one byte, so a stop string that the newest token completes lies within this many tokens.
+        reach = max(len(s.encode()) for s in self.request.sampling.stop) + 8
+        tail = self.tokens[len(self.request.prompt_token_ids) :][-reach:]
+        return first_stop(decode(tail), self.request.sampling.stop) is not None
+
+    def completion(self, eos_token_ids: frozenset[int], decode: Callable[[Sequence[int]], str]) -> Completion:
+        """What the request came to; `finish` is set."""
+        assert self.finish is not None
+        now = time.perf_counter()
+        token_ids = self.tokens[len(self.request.prompt_token_ids) :]
+        ends = eos_token_ids.union(self.request.sampling.stop_token_ids)
+        text = decode(token_ids[:-1] if token_ids and token_ids[-1] in ends else token_ids)
+        cut = first_stop(text, self.request.sampling.stop)
+        first = now if self.first_token is None else self.first_token
+        return Completion(
+            self.request.key,
+            self.request.sample,
+            token_ids,
+            text if cut is None else text[:cut],
+            self.finish,
+            self.acceptance,
+            error_type=None if self.error is None else self.error[0],
+            error=None if self.error is None else self.error[1],
+            queue_s=self.admitted - self.submitted,
+            prefill_s=first - self.admitted,
+            decode_s=now - first,
+        )

@@ -1,0 +1,193 @@
+"""What a step drafts and what of it is verified: always the same tree, or what pays now.
+
+`AutoTree` is where `batchgen.speculation` meets the engine. Before drafting, `schedule` picks depth and width; after
+it, `calibration` turns draft probabilities into acceptance and `budget` spends one number of nodes over all rows.
+Neither ever sees the noise that tokens are drawn with, so tokens do not depend on what they decide.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+
+from batchgen.engines.torch import forest
+from batchgen.engines.torch.forest import Candidates, Shape
+from batchgen.speculation import budget
+from batchgen.speculation.calibration import Calibration
+from batchgen.speculation.schedule import PLAIN, Draft, Schedule, Throughput
+from batchgen_kernels.tree_attention import MAX_NODES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from batchgen.speculation.costs import Costs
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Drafted:
+    """What one step drafted, after catching up on `extend_tokens`."""
+
+    shape: Shape
+    extend_tokens: int
+    candidates: Candidates
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Step:
+    """What one step of `rows` decoding rows took and gave.
+
+    `context` tokens stood before the roots of all rows, `nodes` were verified, roots included, and gave `tokens`.
+    `mixed` says that prompts were read in the same pass.
+    """
+
+    rows: int
+    context: int
+    nodes: int
+    tokens: int
+    draft_s: float
+    verify_s: float
+    mixed: bool
+    drafted: Drafted | None
+
+
+class Width(Protocol):
+    """Decides what each step drafts and verifies."""
+
+    def shape(self, rows: int, context: int, pending: int, max_depth: int) -> Shape | None:
+        """What to draft for `rows` rows, of which none can use more than `max_depth` levels; None for a plain step.
+
+        `context` as in `Step`; `pending` tokens must be caught up on before anything is drafted.
+        """
+
+    def keep(self, candidates: Candidates, depth_caps: torch.Tensor, shape: Shape, context: int) -> torch.Tensor:
+        """The candidates to verify, bool [B, P], each with its parent and none below `depth_caps` [B]."""
+
+    def spent(self, step: Step, reached: Sequence[tuple[int, int, float]]) -> None:
+        """Learn from a step: what it took, and (row, candidate, probability under the target) of judged candidates."""
+
+    def report(self) -> dict[str, Any]:
+        """What was expected and what came, for the job's summary."""
+
+
+class FixedTree:
+    """The same tree for every row in every step."""
+
+    def __init__(self, shape: Shape) -> None:
+        self._shape = shape
+
+    def shape(self, rows: int, context: int, pending: int, max_depth: int) -> Shape | None:
+        """See `Width`."""
+        depth = min(self._shape.depth, max_depth)
+        return dataclasses.replace(self._shape, depth=depth) if depth > 0 else None
+
+    def keep(self, candidates: Candidates, depth_caps: torch.Tensor, shape: Shape, context: int) -> torch.Tensor:
+        """See `Width`."""
+        return forest.likeliest(candidates, depth_caps, shape.nodes)
+
+    def spent(self, step: Step, reached: Sequence[tuple[int, int, float]]) -> None:
+        """See `Width`."""
+
+    def report(self) -> dict[str, Any]:
+        """See `Width`."""
+        return {}
+
+
+class AutoTree:
+    """The tree that pays: one budget over all rows, set anew in every step from measured costs."""
+
+    def __init__(self, costs: Costs) -> None:
+        self.costs = costs
+        self._calibration = Calibration()
+        self._schedule = Schedule(costs)
+        self._throughput = Throughput()
+        self._exploring = False
+        self._expected = 0.0
+        self._num_steps = self._num_drafting = self._num_nodes = self._num_roots = self._num_tokens = 0
+        self._forecast = 0.0
+
+    def shape(self, rows: int, context: int, pending: int, max_depth: int) -> Shape | None:
+        """See `Width`."""
+        self._expected = float(rows)
+        chosen, self._exploring = self._schedule.next(
+            rows=rows,
+            context=context,
+            extend_tokens=pending,
+            throughput=self._throughput.value(rows),
+            max_depth=max_depth,
+        )
+        return None if chosen == PLAIN else Shape(chosen.depth, chosen.width, MAX_NODES - 1)
+
+    def keep(self, candidates: Candidates, depth_caps: torch.Tensor, shape: Shape, context: int) -> torch.Tensor:
+        """See `Width`."""
+        accepted = self._calibration.acceptance(candidates.logp, candidates.rank, candidates.depth)
+        path = torch.where(candidates.depth <= depth_caps[:, None], accepted, 0.0)
+        start = shape.width
+        for _ in range(1, shape.depth):
+            stop = start + shape.width**2
+            path[:, start:stop] *= path.gather(1, candidates.parent[:, start:stop])
+            start = stop
+        if self._exploring:
+            columns = (path, candidates.score, candidates.parent, candidates.depth)
+            path_, score, parent, depth = (column.cpu().numpy() for column in columns)
+            self._schedule.record(path_, score, parent, depth, shape.width)
+        rows = len(path)
+        levels = Draft(shape.depth, shape.width).level_tokens(rows)
+        kept = budget.select(
+            path,
+            row_caps=torch.full_like(depth_caps, shape.nodes) if path.shape[1] > shape.nodes else None,
+            sizes=(),
+            cost=lambda nodes: np.asarray(
+                self.costs.step(rows=rows, extend_tokens=rows, level_tokens=levels, nodes=nodes, context=context)
+            ),
+            throughput=self._throughput.value(rows),
+        )
+        self._expected += float(path[kept].sum())
+        return kept
+
+    def spent(self, step: Step, reached: Sequence[tuple[int, int, float]]) -> None:
+        """See `Width`."""
+        self._schedule.spent(step.draft_s + step.verify_s)
+        self._num_steps += 1
+        self._num_roots += step.rows
+        self._num_nodes += step.nodes - step.rows
+        self._num_tokens += step.tokens
+        self._forecast += self._expected
+        drafted = step.drafted
+        if drafted is not None:
+            self._num_drafting += 1
+            if reached:
+                at = torch.tensor([(row, column) for row, column, _ in reached], device=drafted.candidates.logp.device)
+                features = (drafted.candidates.logp, drafted.candidates.rank, drafted.candidates.depth)
+                logp, rank, depth = (feature[at[:, 0], at[:, 1]].cpu().numpy() for feature in features)
+                self._calibration.learn(logp, rank, depth, np.array([label for _, _, label in reached]))
+        if step.mixed:
+            return  # its seconds are the prompts' as well
+        self._throughput.seen(step.rows, step.tokens, step.draft_s + step.verify_s)
+        self.costs.verify.refine(step.nodes, step.context, step.verify_s)
+        if drafted is not None:
+            self._refine_draft(drafted, step)
+
+    def _refine_draft(self, drafted: Drafted, step: Step) -> None:
+        levels = Draft(drafted.shape.depth, drafted.shape.width).level_tokens(step.rows)
+        extend = float(self.costs.extend(drafted.extend_tokens, step.context))
+        each = [float(self.costs.level(tokens, step.context)) for tokens in levels]
+        ratio = step.draft_s / (extend + sum(each))
+        self.costs.extend.refine(drafted.extend_tokens, step.context, extend * ratio)
+        if levels:
+            self.costs.level.refine(levels[0], step.context, each[0] * ratio)
+
+    def report(self) -> dict[str, Any]:
+        """See `Width`; `expected_tokens` and `tokens` are per decoding step of all rows."""
+        if not self._num_steps:
+            return {}
+        return {
+            "steps": self._num_steps,
+            "drafting_steps": self._num_drafting,
+            "nodes_per_row": round(self._num_nodes / self._num_roots, 3),
+            "expected_tokens_per_step": round(self._forecast / self._num_steps, 3),
+            "tokens_per_step": round(self._num_tokens / self._num_steps, 3),
+            "calibration": self._calibration.report(),
+        }
