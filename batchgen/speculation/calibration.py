@@ -3,9 +3,11 @@
     logit a = w_draft * logit q + w_rank * log(1 + rank) + b[depth]
 
 with q the head's own probability of the token given its parent, `rank` its place among its siblings (0-based) and
-`depth` its level (1-based); the form and the prior of vLLM's acceptance estimator (PR 47808: w 0.5, b -0.2), to which
-rank is added since its drafts are chains. A tree tells more than whether a token was kept: every verified node
-has a target probability for each of its drafted children, and such soft labels are learned from as they are.
+`depth` its level (1-based): the form of vLLM's acceptance estimator (PR 47808), to which rank is added since its drafts
+are chains. A tree tells more than whether a token was kept: every kept node has a target probability for each of its
+drafted children, and such soft labels are learned from as they are. Nodes that were verified but not kept have them
+too, but there the target reads what it would not have written: on the starter head, learning from these as well
+predicts the tokens that count 4 to 11 % too low at depths 2 to 5, and from children of kept nodes alone within 1 %.
 
 Nodes are remembered as counts in cells of (depth, rank, logit q), old ones fading, so that memory and the time of a
 fit are bounded and a fit can repeat its Newton steps over all of them. A likelier or better ranked token is never
@@ -33,7 +35,9 @@ REFIT_CALLS = 50
 PRIOR_NODES = 50  # nodes that weigh as much as the prior
 
 # [w_draft, w_rank, b of all depths, b of depth 1, of depth 2, ...]: a depth not drafted yet is like the others.
-PRIOR = np.array([0.5, -0.5, -0.2, *[0.0] * MAX_DEPTH])
+# Nearly the head's own word: on 3,288 children of kept nodes of the starter head (24 prompts, greedy, float32, width 3)
+# the fit is 0.91, -0.19 and 0.12.
+PRIOR = np.array([0.9, -0.1, -0.1, *[0.0] * MAX_DEPTH])
 RIDGE = np.array([1.0, 1.0, 0.1, *[2.0] * MAX_DEPTH])
 MIN_DRAFT_WEIGHT = 0.05
 
@@ -70,7 +74,10 @@ class Calibration:
         return a
 
     def learn(self, logq: NDArray[Any], rank: NDArray[Any], depth: NDArray[Any], label: NDArray[Any]) -> None:
-        """Learn from verified tokens, [N] each: `label` is how likely the target was to keep the token, in [0, 1]."""
+        """Learn from the drafted children of the root and of kept nodes, [N] each.
+
+        `label` in [0, 1] is how likely the target was to keep the token: its probability, or whether it did.
+        """
         if not len(label):
             return
         predicted = self.acceptance(logq, rank, depth)

@@ -138,6 +138,12 @@ def test_certain_children_wait_for_their_parents():
     assert chosen.tolist() == [[True, False, False, False]] * 3
 
 
+def test_a_row_cap_keeps_certain_parents_too():
+    """More candidates than a sort keeps in place by luck."""
+    chosen = run(np.ones((2, 500), np.float32), lambda num: np.zeros(len(num)), 1.0, caps=[3, 7])
+    assert [np.flatnonzero(row).tolist() for row in chosen] == [list(range(3)), list(range(7))]
+
+
 def test_rows_share_one_budget_unevenly():
     path = np.array([[0.9, 0.8, 0.7, 0.6], [0.3, 0.2, 0.1, 0.05]], np.float32)
     chosen = run(path, lambda num: 0.01 * num, 50.0)  # half a token a node

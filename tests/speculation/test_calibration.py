@@ -78,7 +78,9 @@ def test_what_changed_is_followed():
     before = calibration.acceptance(np.log([0.5]), np.zeros(1), np.ones(1))
     for logq, rank, depth, _ in steps(600):
         calibration.learn(logq, rank, depth, np.zeros(len(logq)))
-    assert calibration.acceptance(np.log([0.5]), np.zeros(1), np.ones(1)) < 0.3 * before
+    assert (
+        calibration.acceptance(np.log([0.5]), np.zeros(1), np.ones(1)) < 0.15 * before
+    )  # 0.3 if nothing were forgotten
 
 
 @given(st.data())

@@ -38,6 +38,27 @@ def test_tables_rise_whatever_they_learn(table, passes):
     assert table(1) > 0
 
 
+@given(tables(), st.lists(timed, max_size=5), st.integers(1, 4000), st.floats(1e-6, 10))
+def test_a_measurement_moves_its_prediction_toward_it(table, passes, tokens, seconds):
+    for earlier in passes:
+        table.refine(*earlier)
+    before = table(tokens)
+    table.refine(tokens, 0, seconds)
+    # Never past it; a tenth of the way in log seconds at a point, less between two that are far apart in seconds.
+    low, high = sorted((before, seconds))
+    assert low * (1 - 1e-9) <= table(tokens) <= high * (1 + 1e-9)
+    if not 0.9 < seconds / before < 1.1:
+        assert abs(np.log(table(tokens) / before)) > 0.01 * min(abs(np.log(seconds / before)), np.log(3))
+
+
+def test_beyond_the_last_point_the_slope_is_learned():
+    table = Table([100, 200], [2.0, 3.0])
+    for _ in range(200):
+        table.refine(400, 0, 10.0)  # predicted 5
+    assert table(400) == pytest.approx(10.0, rel=1e-3)
+    assert table(200) == pytest.approx(6.0, rel=1e-3)
+
+
 def test_a_table_is_linear_between_points_and_beyond_the_last():
     table = Table([2, 4, 8], [1.0, 3.0, 2.0], per_context_token=0.5)  # 2.0 is noise: the pass over 4 took 3.0
     assert table(np.array([0, 1, 2, 3, 4, 8, 9]), 4).tolist() == [0.0, 3.0, 3.0, 4.0, 5.0, 5.0, 5.0]
