@@ -2,8 +2,7 @@
 
     python examples/bench/speculation.py --rows 1,16,64 --json examples/bench/results/speculation.json
 
-Every mode decodes the same rows. Modes take turns, and each turn of a speculative mode is compared with the plain
-turns before and after it, so that what else the machine does hits both alike: ratios are what to read. Prompts are
+Every mode decodes the same rows, and modes take turns (`results.interleave`): ratios are what to read. Prompts are
 read before the clock starts; all rows are greedy and run to the same length. Needs the demo model, the committed head
 and the committed prompts.
 """
@@ -11,7 +10,6 @@ and the committed prompts.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -33,7 +31,7 @@ from batchgen.engines.torch.width import AutoTree
 from batchgen.record import Request, Sampling
 
 sys.path.insert(0, str(Path(__file__).parent))
-from results import write
+from results import interleave, write
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -120,43 +118,19 @@ def main() -> None:
     args = options.parse_args()
 
     machine = Machine(args.dtype, args.device)
-    modes = [mode for mode in args.modes.split(",") if mode != "plain"]
     results: list[dict[str, Any]] = []
     for rows in map(int, args.rows.split(",")):
-        requests = machine.requests(rows, [args.max_tokens])
         # One row says little: it takes several prompts one after the other.
-        groups = (
-            [requests]
-            if rows > 4
-            else [machine.requests(8, [args.max_tokens])[i : i + rows] for i in range(0, 8, rows)]
-        )
+        requests = machine.requests(max(rows, 8), [args.max_tokens])
+        groups = [requests[i : i + rows] for i in range(0, len(requests), rows)]
 
         def turn(mode: str, rows: int = rows, groups: list[list[Request]] = groups) -> dict[str, float]:
             engine = machine.engine(mode, rows)
             runs = [decode(engine, group) for group in groups]
-            # Groups weigh by their tokens, which are the same for all but those that ended early.
             speed = statistics.harmonic_mean([run["tokens_per_s"] for run in runs])
             return {name: statistics.fmean(run[name] for run in runs) for name in runs[0]} | {"tokens_per_s": speed}
 
-        for mode in ("plain", *modes):  # first use pays, and `auto` learns
-            turn(mode)
-        turns: dict[str, list[dict[str, float]]] = {mode: [] for mode in ("plain", *modes)}
-        ratios: dict[str, list[float]] = {mode: [] for mode in modes}
-        for _ in range(args.turns):
-            turns["plain"].append(turn("plain"))
-            for mode in modes:
-                turns[mode].append(turn(mode))
-                before = turns["plain"][-1]["tokens_per_s"]
-                turns["plain"].append(turn("plain"))
-                around = statistics.harmonic_mean([before, turns["plain"][-1]["tokens_per_s"]])
-                ratios[mode].append(turns[mode][-1]["tokens_per_s"] / around)
-        for mode, each in turns.items():
-            fact: dict[str, Any] = {"rows": rows, "mode": mode}
-            fact |= {name: round(statistics.median(t[name] for t in each), 3) for name in each[0]}
-            fact["ratio_to_plain"] = round(statistics.median(ratios[mode]), 3) if mode != "plain" else 1.0
-            fact["ratios"] = [round(ratio, 3) for ratio in sorted(ratios.get(mode, []))]
-            results.append(fact)
-            print(json.dumps(fact), flush=True)
+        results += interleave(turn, args.modes.split(","), args.turns, rows=rows)
     write(args.json, results, args, args.device)
 
 

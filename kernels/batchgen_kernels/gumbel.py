@@ -32,12 +32,16 @@ def _mix32(x: torch.Tensor) -> torch.Tensor:
 
 
 def gumbel_noise(key: int, position: int, token_ids: torch.Tensor) -> torch.Tensor:
-    """Standard Gumbel noise for `token_ids` (int64, any shape), float32 of the same shape and device.
+    """Standard Gumbel noise for `token_ids` (int64, any shape), float32 of the same shape and device."""
+    return noise_of_words(*position_words(key, position), token_ids)
+
+
+def noise_of_words(first: torch.Tensor | int, second: torch.Tensor | int, token_ids: torch.Tensor) -> torch.Tensor:
+    """`gumbel_noise` where the two `position_words` are given, as numbers or as int64 that broadcast.
 
     The uniform is built so that its small end, where float32 is fine-grained, becomes the large noise that decides an
     argmax: -log(-log1p(-v)) with v in (0, 1) reaches 22.9 without rounding to infinity.
     """
-    first, second = position_words(key, position)
     bits = _mix32(_mix32((token_ids * _GOLDEN32 + first) & _M32) ^ second)
     v = (bits.to(torch.float32) + 0.5) * 2.0**-32
     return -torch.log(-torch.log1p(-v.clamp(max=1.0 - 2.0**-24)))

@@ -31,10 +31,13 @@ def rope_and_store_reference(
     low, high = qk.chunk(2, -1)
     cos, sin = cos_ND.to(qkv.dtype)[:, None], sin_ND.to(qkv.dtype)[:, None]
     rotated = qk * cos + torch.cat((-high, low), -1) * sin
-    real = slot_N >= 0
-    k_SKLD[slot_N[real], :, position_N[real]] = rotated[real, num_heads:]
-    v_SKLD[slot_N[real], :, position_N[real]] = v[real]
-    return rotated[:, :num_heads].contiguous()
+    queries, k = rotated[:, :num_heads].contiguous(), rotated[:, num_heads:]
+    if len(slot_N) and int(slot_N.min()) < 0:
+        real = slot_N >= 0
+        slot_N, position_N, k, v = slot_N[real], position_N[real], k[real], v[real]
+    k_SKLD[slot_N, :, position_N] = k
+    v_SKLD[slot_N, :, position_N] = v
+    return queries
 
 
 def rope_and_store(

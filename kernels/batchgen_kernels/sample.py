@@ -12,22 +12,7 @@ from __future__ import annotations
 import torch
 
 from batchgen_kernels.dispatch import on_triton
-
-_M32 = 0xFFFFFFFF
-
-
-def _mix32(x: torch.Tensor) -> torch.Tensor:
-    """`gumbel._mix32`."""
-    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _M32
-    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _M32
-    return x ^ (x >> 16)
-
-
-def _noise(first: torch.Tensor, second: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-    """`gumbel.gumbel_noise`, float32, of token ids and the two words of their rows, all int64 of one shape."""
-    bits = _mix32(_mix32((token * 0x9E3779B1 + first) & _M32) ^ second)
-    v = (bits.to(torch.float32) + 0.5) * 2.0**-32
-    return -torch.log(-torch.log1p(-v.clamp(max=1.0 - 2.0**-24)))
+from batchgen_kernels.gumbel import noise_of_words
 
 
 def gumbel_argmax_reference(
@@ -44,7 +29,7 @@ def gumbel_argmax_reference(
         scaled = logits_NV[drawn].float() / temperature_N[drawn, None]
         row, token = (scaled >= threshold_N[drawn, None]).nonzero(as_tuple=True)
         noisy = torch.full_like(scaled, float("-inf"))
-        noisy[row, token] = scaled[row, token] + _noise(first_N[drawn][row], second_N[drawn][row], token)
+        noisy[row, token] = scaled[row, token] + noise_of_words(first_N[drawn][row], second_N[drawn][row], token)
         tokens[drawn] = noisy.argmax(-1)
     return tokens
 

@@ -115,7 +115,7 @@ class AutoTree:
             rows=rows,
             context=context,
             extend_tokens=pending,
-            throughput=self._throughput.value(rows),
+            throughput=None,  # shapes are compared as if they went on forever: the ratio, which nothing stale skews
             max_depth=max_depth,
         )
         return None if chosen == PLAIN else Shape(chosen.depth, chosen.width, MAX_NODES - 1)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[3]
 HEAD = ROOT / "examples/smollm2"
 SETS = ("mt_bench", "eagle_gsm8k", "eagle_humaneval")
+GREEDY = Sampling(max_tokens=14)
+SAMPLED = Sampling(temperature=0.8, top_p=0.95, max_tokens=14, seed=3)
 
 
 class Bench:
@@ -75,3 +77,16 @@ class Bench:
 @pytest.fixture(scope="session")
 def bench() -> Bench:
     return Bench()
+
+
+@pytest.fixture(scope="session")
+def prompts(bench):
+    """The 64 shortest prompts of all sets: many rows for little time."""
+    everything = [prompt for name in SETS for prompt in bench.prompts(name, 80)]
+    return sorted(everything, key=len)[:64]
+
+
+@pytest.fixture(scope="session")
+def plain(bench, prompts):
+    """What plain decoding gives for every prompt, greedy and sampled."""
+    return bench.run(bench.engine(None), prompts, GREEDY, SAMPLED)

@@ -9,22 +9,7 @@ from transformers import AutoModelForCausalLM
 from batchgen.engines.torch.forest import Shape
 from batchgen.record import Request, Sampling
 
-from .conftest import SETS
-
-GREEDY = Sampling(max_tokens=14)
-SAMPLED = Sampling(temperature=0.8, top_p=0.95, max_tokens=14, seed=3)
-
-
-@pytest.fixture(scope="module")
-def prompts(bench):
-    """The 64 shortest prompts of all sets: many rows for little time."""
-    everything = [prompt for name in SETS for prompt in bench.prompts(name, 80)]
-    return sorted(everything, key=len)[:64]
-
-
-@pytest.fixture(scope="module")
-def plain(bench, prompts):
-    return bench.run(bench.engine(None), prompts, GREEDY, SAMPLED)
+from .conftest import GREEDY, SAMPLED
 
 
 @pytest.mark.slow

@@ -1,0 +1,183 @@
+"""Trees by budget change no token, whatever they decide and whenever: real weights, float32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from batchgen.engines.torch.engine import TorchEngine
+from batchgen.engines.torch.forest import Shape
+from batchgen.engines.torch.measure import measure
+from batchgen.engines.torch.width import AutoTree, FixedTree
+from batchgen.record import Request, Sampling
+from batchgen.speculation.costs import Costs, Table
+
+from .conftest import GREEDY, SAMPLED
+
+
+def costs(a_node: float, a_level: float = 0.001) -> Costs:
+    """A pass takes 30 ms and `a_node` more for each node."""
+    verify = Table([1, 1001], [0.03, 0.03 + 1000 * a_node])
+    return Costs(verify, Table([1, 1001], [a_level, 1000 * a_level]), Table([1, 1001], [0.001, 0.1]), 0.0)
+
+
+class Preempting(TorchEngine):
+    """Counts the rows that gave their slot up."""
+
+    preempted = 0
+
+    def _preempt(self) -> None:
+        self.preempted += 1
+        super()._preempt()
+
+
+class Moody(FixedTree):
+    """Drafts in some steps only."""
+
+    def __init__(self, shape: Shape, steps: set[int]) -> None:
+        super().__init__(shape)
+        self.steps, self.step = steps, 0
+
+    def shape(self, rows, context, pending, max_depth):
+        self.step += 1
+        return super().shape(rows, context, pending, max_depth) if self.step in self.steps else None
+
+
+class Idle(FixedTree):
+    """Drafts in every step and verifies none of it, so that every place is passed."""
+
+    def keep(self, candidates, depth_caps, shape, context):
+        return torch.zeros_like(candidates.token, dtype=torch.bool)
+
+
+class Watched(TorchEngine):
+    """Remembers the head's log-probabilities by what stood before them."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.logp: dict[tuple[int, ...], list[float]] = {}
+
+    def _grow(self, slots):
+        before = [tuple(self._rows[slot].tokens) for slot in slots]
+        drafted, trees = super()._grow(slots)
+        if drafted is not None:
+            self.logp |= dict(zip(before, drafted.candidates.logp.tolist(), strict=True))
+        return drafted, trees
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("batch_size", "a_node"), [(64, 0.0002), (7, 0.00001)], ids=["64 rows", "7 rows"])
+def test_tokens_do_not_depend_on_what_the_budget_decides(bench, prompts, plain, batch_size, a_node):
+    width = AutoTree(costs(a_node))
+    engine = bench.engine(width, batch_size)
+    for s, sampling in enumerate((GREEDY, SAMPLED)):
+        for i, prompt in enumerate(prompts):
+            if i % 2 == s:
+                engine.submit(Request((s, i, 0), str(i), 0, prompt, sampling))
+    done = []
+    while engine.unfinished:
+        done += engine.step()
+    assert len(done) == 64
+    expected = {c.key: c.token_ids for c in plain}
+    assert not [c.key for c in done if c.token_ids != expected[c.key]]
+    assert sum(c.acceptance.accepted_tokens for c in done) > 100
+    report = width.report()
+    assert report["calibration"]["nodes"] > 100
+    assert report["expected_tokens_per_step"] == pytest.approx(report["tokens_per_step"], rel=0.3)
+
+
+def test_nothing_is_drafted_where_a_node_costs_more_than_it_brings(bench, prompts):
+    engine = bench.engine(AutoTree(costs(a_node=0.1)), 8)
+    done = bench.run(engine, prompts[:24], Sampling(max_tokens=24))
+    drafting, all_steps = sum(c.acceptance.draft_steps for c in done), sum(c.acceptance.target_steps for c in done)
+    assert drafting < 0.3 * all_steps, "but for the first steps, which explore"
+
+
+def test_costs_measured_here_rise_with_tokens(bench):
+    target = bench.target(torch.bfloat16)
+    measured = measure(target, bench.engine(Shape(1, 1, 1), dtype=torch.bfloat16)._draft, 2)
+    assert 0 < measured.level(1) < measured.verify(1) < measured.verify(64)
+    assert measured.verify(8, context=4000) >= measured.verify(8)
+
+
+def test_a_head_that_paused_drafts_as_if_it_had_not(bench):
+    """After 5 and after 75 plain steps (more than a tile) the head has caught up on true features."""
+    [asked] = sorted(bench.prompts("mt_bench", 20), key=len)[-1:]
+    shape = Shape(1, 2, 2)
+    widths = (Idle(shape), Moody(shape, {6, 82, 83, 84}))
+    always, paused = (bench.engine(width, 1, kind=Watched) for width in widths)
+    for engine in (always, paused):
+        bench.run(engine, [asked], Sampling(max_tokens=95))
+    assert len(paused.logp) >= 3
+    for before in paused.logp:
+        assert paused.logp[before] == pytest.approx(always.logp[before], abs=1e-3)
+
+
+def test_features_held_back_are_bounded(bench, prompts, monkeypatch):
+    monkeypatch.setattr("batchgen.engines.torch.engine.PENDING_TOKENS", 300)
+    engine = bench.engine(Moody(Shape(2, 1, 2), {40}), 4)
+    for i, prompt in enumerate(prompts[:4]):
+        engine.submit(Request(i, str(i), 0, prompt, Sampling(max_tokens=60)))
+    done, most = [], 0
+    while engine.unfinished:
+        done += engine.step()
+        most = max(most, sum(row.seen - row.draft_len for row in engine._rows))
+    assert most <= 300 + 4 + max(map(len, prompts[:4])) * 4
+    plain = bench.run(bench.engine(None), prompts[:4], Sampling(max_tokens=60))
+    assert [c.token_ids for c in sorted(done, key=lambda c: c.key)] == [c.token_ids for c in plain]
+    assert sum(c.acceptance.accepted_tokens for c in done) > 0
+
+
+def test_rows_that_gave_their_slot_up_resume_to_the_same_tokens(bench):
+    """Room for 16 slots of 256 tokens, a tree's margin included, or for 8 of 512: growing, some of ten must go."""
+    samplings = [Sampling(max_tokens=100), Sampling(max_tokens=100, temperature=0.8, top_p=0.95, seed=3)]
+    asked = sorted((p for p in bench.prompts("eagle_gsm8k", 80) if len(p) <= 128), key=len)[-5:]
+    expected = [c.token_ids for c in bench.run(bench.engine(None), asked, *samplings)]
+    bound = 3 * bench.engine(Shape(3, 2, 5), 10)._num_bytes(8, 150)
+    engine = bench.engine(Shape(3, 2, 5), 10, kind=Preempting, memory_bytes=bound)
+    done = bench.run(engine, asked, *samplings)
+    assert engine.preempted > 0
+    assert [c.token_ids for c in done] == expected
+
+
+def test_out_of_memory_means_smaller_batches_not_a_dead_job(bench, prompts, monkeypatch):
+    engine = bench.engine(Shape(2, 1, 2), 8)
+    forward = engine._target.forward
+
+    def small(token_ids, layout, pool):
+        if layout.tiles is not None and len(layout.tiles.token_ST) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(token_ids, layout, pool)
+
+    monkeypatch.setattr(engine._target, "forward", small)
+    done = bench.run(engine, prompts[:8], GREEDY)
+    monkeypatch.undo()
+    assert [c.token_ids for c in done] == [c.token_ids for c in bench.run(bench.engine(None), prompts[:8], GREEDY)]
+
+
+def test_a_row_that_no_memory_holds_is_an_error_and_the_next_one_runs(bench, prompts, monkeypatch):
+    engine = bench.engine(None, 4)
+    forward, size = engine._target.forward, len(prompts[0])
+
+    def fails(token_ids, layout, pool):
+        if len(token_ids) > 2 * size:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(token_ids, layout, pool)
+
+    monkeypatch.setattr(engine._target, "forward", fails)
+    done = bench.run(engine, [prompts[0] * 3, prompts[0]], GREEDY)
+    assert done[0].error_type == "out_of_memory"
+    assert len(done[1].token_ids) > 0
+
+
+def test_rows_go_on_while_a_long_prompt_is_read(bench, prompts):
+    engine = bench.engine(Shape(2, 1, 2), 4, prefill_tokens=64)
+    engine.submit(Request(0, "0", 0, prompts[0], Sampling(max_tokens=60)))
+    while engine.reading:
+        engine.step()
+    engine.submit(Request(1, "1", 0, prompts[1] * 6, Sampling(max_tokens=4)))
+    reading = 0
+    while engine.unfinished == 2 and not engine.step() and engine.reading:
+        reading += 1
+    assert reading >= 5, "16 tokens of the prompt a step"
+    assert engine._rows[0].num_output > reading
