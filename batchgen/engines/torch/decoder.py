@@ -1,7 +1,7 @@
 """Decoder layers of the usual make, run on merged weights: one product for q, k and v, one for gate and up.
 
-Llama, Mistral, Qwen2 and Qwen3 and whatever else is built from the same parts runs here; `Target` compares the logits
-with the model's own and keeps to transformers' forward pass where they differ or where a part is of another make.
+Llama, Mistral, Qwen2 and Qwen3 run here; `Target` compares the logits with the model's own and keeps to transformers'
+forward pass where they differ or where a part is of another make.
 """
 
 from __future__ import annotations
@@ -81,7 +81,12 @@ class Decoder:
         TypeError: the decoder has parts of another make; the message names the first one.
     """
 
+    # Others have the same parts and join them differently: SmolLM3 rotates in some layers only.
+    KINDS = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+
     def __init__(self, model: Any, num_heads: int, num_kv_heads: int) -> None:
+        if model.config.model_type not in self.KINDS:
+            raise TypeError(f"a decoder of type {model.config.model_type}")
         self._embedding = model.embed_tokens.weight.detach()
         self._rotary = model.rotary_emb
         self._norm = _norm(model.norm)

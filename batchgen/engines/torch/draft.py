@@ -17,6 +17,7 @@ from batchgen.engines.torch.decoder import Attention, Mlp, Norm
 from batchgen.engines.torch.kvcache import Layout, Pool, Tile
 from batchgen.engines.torch.linear import Weight
 from batchgen.engines.torch.weights import load_head
+from batchgen.errors import ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,6 +54,8 @@ class Draft:
 
         def product(prefix: str, *names: str) -> Weight:
             biases = [w[f"{prefix}{name}.bias"] for name in names if f"{prefix}{name}.bias" in w]
+            if biases and len(biases) < len(names):
+                raise ModelError(f"{path}: {prefix}{{{','.join(names)}}} have biases in part; expected all or none")
             stacked = torch.cat([w[f"{prefix}{name}.weight"] for name in names])
             return Weight(stacked, torch.cat(biases) if biases else None)
 

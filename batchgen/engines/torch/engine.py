@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from batchgen.engines.torch import forest, verify
-from batchgen.engines.torch.kvcache import Tile
+from batchgen.engines.torch.kvcache import Tile, free_bytes, out_of_memory
 from batchgen.engines.torch.rows import Row
 from batchgen.engines.torch.width import Drafted, FixedTree, Step
 from batchgen_kernels.tree_attention import MAX_NODES, Span
@@ -31,6 +30,8 @@ if TYPE_CHECKING:
 
 # Target features that rows may hold back while nothing is drafted, in tokens of all rows, before the draft catches up.
 PENDING_TOKENS = 16384
+# Steps without trouble after which one row more may run, once memory has run out.
+CALM_STEPS = 256
 
 
 class TorchEngine:
@@ -64,6 +65,7 @@ class TorchEngine:
         self._prefill_tokens = prefill_tokens
         self._memory_bytes = memory_bytes if memory_bytes is not None else int(0.6 * free_bytes(target.device))
         self._row_limit = batch_size
+        self._calm = 0
         self._waiting: deque[Row] = deque()
         self._rows: list[Row] = []
         self.running = self.num_tokens = 0
@@ -101,20 +103,26 @@ class TorchEngine:
         self._waiting.clear()
         self._rows.clear()
         self._pool = self._target.pool()
-        self._draft_pool = None
+        self._draft = self._draft_pool = None
 
     def step(self) -> list[Completion]:
         """Admit what fits, then advance every decoding row by one verification and the prompts by a chunk."""
         rejected = self._admit()
-        self.running = len(self._rows)
+        self.running = 0
         if self._rows:
             try:
                 self._make_room()
+                self.running = len(self._rows)
                 self._pass()
+                self._calm += 1
+                if self._calm % CALM_STEPS == 0:
+                    self._row_limit = min(self.capacity, self._row_limit + 1)
             except (MemoryError, RuntimeError) as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
-                self._shrink(error)
+                rejected += self._collect()
+                if self._rows:
+                    self._shrink(error)
         return rejected + self._collect()
 
     def _admit(self) -> list[Completion]:
@@ -163,7 +171,7 @@ class TorchEngine:
         while len(self._rows) > 1 and not self._fits(len(self._rows), self._longest()):
             self._preempt()
         rows, longest = len(self._rows), self._longest()
-        if self._pool.slots >= rows and self._pool.length >= longest + MAX_NODES:
+        if all(pool.slots >= rows and pool.length >= longest + MAX_NODES for pool in self._pools()):
             return
         # Growing copies: at best there is room for all that wait and for all that they may become.
         everyone = min(self._row_limit, rows + len(self._waiting))
@@ -194,10 +202,13 @@ class TorchEngine:
         if len(self._rows) == 1:
             self._rows[0].finish = "error"
             self._rows[0].error = ("out_of_memory", f"the machine has no memory for this row alone: {error}")
-            return
-        self._row_limit = max(1, len(self._rows) // 2)
-        while self._rows:  # the pass broke off anywhere: no cache is trusted
-            self._preempt()
+        else:
+            self._row_limit, self._calm = max(1, len(self._rows) // 2), 0
+            while self._rows:  # the pass broke off anywhere: no cache is trusted
+                self._preempt()
+        self._pool = self._target.pool()
+        if self._draft is not None:
+            self._draft_pool = self._draft.pool()
         if self._target.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -223,6 +234,8 @@ class TorchEngine:
         # A prompt that was read to its end gives its row's first token; a row that resumes has it already.
         ends = [s for s in spans if self._rows[s.slot].unread == s.stop - s.start and not self._rows[s.slot].num_output]
         logits = self._target.logits(final[self._ids([*range(num_nodes), *(span.stop - 1 for span in ends)])])
+        if self._target.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()  # the next line but one waits for it anyway
         judged = time.perf_counter()
         reached: list[tuple[int, int, float]] = []
 
@@ -243,6 +256,7 @@ class TorchEngine:
             self._count(row, tree, walked)
         for span, token in zip(ends, first, strict=True):
             self._append(self._rows[span.slot], [token])
+        self._bound_pending()
         ended = time.perf_counter()
         for name, seconds in (("draft", grown - began), ("target", judged - grown), ("host", ended - judged)):
             self.seconds[name] += seconds
@@ -263,10 +277,6 @@ class TorchEngine:
         context = sum(row.seen for row in rows)
         shape = self._width.shape(len(rows), context, pending, max(caps))
         if shape is None:
-            if sum(row.seen - row.draft_len for row in self._rows) > PENDING_TOKENS:
-                # The last slot waits, for its output is where drafting starts.
-                behind = [slot for slot, row in enumerate(self._rows) if row.seen - row.draft_len > 1]
-                self._catch_up(self._draft, self._draft_pool, behind, hold_back=1)
             return None, forest.root_only(roots)
         state = self._catch_up(self._draft, self._draft_pool, slots)
         lengths = [row.draft_len for row in rows]
@@ -276,14 +286,32 @@ class TorchEngine:
 
     def _catch_up(self, draft: Draft, pool: Pool, slots: list[int], hold_back: int = 0) -> torch.Tensor:
         """Write the draft slots of all pending features but each row's last `hold_back`; each row's last output."""
+        behind = deque((s, self._rows[s].seen - self._rows[s].draft_len - hold_back) for s in slots)
+        last: dict[int, torch.Tensor] = {}
+        while behind:  # in passes as bounded as the target's
+            chunk, room = [], self._prefill_tokens
+            while behind and room:
+                slot, num = behind.popleft()
+                chunk.append((slot, min(num, room)))
+                if num > room:
+                    behind.appendleft((slot, num - room))
+                room -= chunk[-1][1]
+            out = self._extend(draft, pool, chunk)
+            if not behind and not last:
+                return out
+            last |= {slot: state for (slot, _), state in zip(chunk, out, strict=True)}
+        return torch.stack([last[slot] for slot in slots])
+
+    def _extend(self, draft: Draft, pool: Pool, chunk: list[tuple[int, int]]) -> torch.Tensor:
+        """Write the next (slot, number) draft slots from pending features; the last output of each, [len(chunk), H]."""
         tiles: list[Tile] = []
         spans: list[Span] = []
         next_tokens: list[int] = []
         features: list[torch.Tensor] = []
         last: list[int] = []
-        for slot in slots:
+        for slot, num in chunk:
             row = self._rows[slot]
-            start, begin, num = len(next_tokens), row.draft_len, row.seen - row.draft_len - hold_back
+            start, begin = len(next_tokens), row.draft_len
             if num > MAX_NODES:
                 spans.append(Span(start, start + num, slot, begin))
             else:
@@ -295,9 +323,20 @@ class TorchEngine:
         out = draft.forward(self._ids(next_tokens), torch.cat(features), draft.layout(tiles, spans), pool)
         return out[self._ids(last)]
 
+    def _bound_pending(self) -> None:
+        """Let the draft catch up on everything but each row's last slot, whose output is where drafting starts."""
+        if self._draft is None or self._draft_pool is None:
+            return
+        going_on = ((slot, row) for slot, row in enumerate(self._rows) if row.finish is None)
+        behind = {slot: row.seen - row.draft_len for slot, row in going_on}
+        if sum(behind.values()) > PENDING_TOKENS:
+            self._catch_up(
+                self._draft, self._draft_pool, [slot for slot, num in behind.items() if num > 1], hold_back=1
+            )
+
     def _chunk(self, start: int) -> list[Span]:
         """The next stretch of the prompts that are being read, oldest rows first, packed from `start` on."""
-        room = self._prefill_tokens // 4 if start else self._prefill_tokens
+        room = max(1, self._prefill_tokens // 4) if start else self._prefill_tokens
         spans: list[Span] = []
         reading = (slot for slot, row in enumerate(self._rows) if row.unread)
         for slot in sorted(reading, key=lambda s: self._rows[s].admitted):
@@ -329,7 +368,7 @@ class TorchEngine:
             at = self._ids([node for _, nodes in kept for node in nodes])
             fused = self._draft.fuse(final[at], None if captured is None else captured[at])
             for (row, _), features in zip(kept, torch.split(fused, [len(nodes) for _, nodes in kept]), strict=True):
-                row.pending.append(features)
+                row.pending.append(features.clone())  # a view would keep the whole step's alive
         for row, nodes in kept:
             row.seen += len(nodes)
 
@@ -355,19 +394,3 @@ class TorchEngine:
 
     def _ids(self, values: Sequence[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._target.device)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Whether it is the device's or the machine's memory that ran out; torch says so on a CPU only in words."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that a new allocation could take, in bytes; on a CPU at most what the container may have."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    limit = Path("/sys/fs/cgroup/memory.max")
-    bound = limit.read_text().strip() if limit.exists() else "max"
-    return available if bound == "max" else min(available, int(bound))

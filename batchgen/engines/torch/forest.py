@@ -106,7 +106,9 @@ def grow(
             for b, row_bits in enumerate(bits.tolist())
         ]
         layout = draft.layout(tiles, [])
-        out = draft.forward(token.reshape(-1), parent_state.reshape(num_rows * width, -1), layout, pool)
+        # Of one row, the reshaped expansion would still be a view of stride 0, which kernels refuse.
+        hidden = parent_state.reshape(num_rows * width, -1).contiguous()
+        out = draft.forward(token.reshape(-1), hidden, layout, pool)
         logp, children = (t.view(num_rows, width * width) for t in draft.top(out, width))
         child_score = score.repeat_interleave(width, 1) + logp
         child_rank = rank.repeat(width).expand(num_rows, -1)

@@ -8,6 +8,7 @@ not cleared, they lie beyond every length mask and are overwritten by the next s
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -49,10 +50,12 @@ class Pool:
         if (slots, length) == (self.slots, self.length):
             return
         old_slots, old_length = min(slots, self.slots), min(length, self.length)
-        for name in ("k", "v"):
+        resized = []
+        for old in (self.k, self.v):
             new = self._zeros(slots, length)
-            new[:, :old_slots, :, :old_length] = getattr(self, name)[:, :old_slots, :, :old_length]
-            setattr(self, name, new)
+            new[:, :old_slots, :, :old_length] = old[:, :old_slots, :, :old_length]
+            resized.append(new)
+        self.k, self.v = resized  # both or none: memory may run out between them
         self.slots, self.length = slots, length
 
     def write(self, layer: int, k_NKD: torch.Tensor, v_NKD: torch.Tensor, layout: Layout) -> None:
@@ -168,3 +171,19 @@ def _pad(
     mask = tile_mask(tensor(prefix), tensor(bits), tensor(position), length, dtype, window)
     mask = mask[:, None].expand(-1, group, -1, -1).reshape(slots, 1, group * width, length)
     return Tiles(tensor(token), tensor(np.concatenate(flat)), tensor(np.concatenate(packed)), mask)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a new allocation could take, in bytes; on a CPU at most what the container may have."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    limit = Path("/sys/fs/cgroup/memory.max")
+    bound = limit.read_text().strip() if limit.exists() else "max"
+    return available if bound == "max" else min(available, int(bound))
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether it is the device's or the machine's memory that ran out; torch says so on a CPU only in words."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

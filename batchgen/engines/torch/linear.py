@@ -20,7 +20,8 @@ class Weight:
     """A weight matrix [out, in] with its optional bias; call it with activations [..., in] of the same dtype."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        self._weight, self._bias = weight, bias
+        self._weight: torch.Tensor | None = weight
+        self._bias = bias
         self._packed: torch.ScriptObject | None = None
         self._wide: torch.Tensor | None = None
         if weight.dtype is not torch.bfloat16 or weight.device.type != "cpu" or native_bfloat16():
@@ -31,6 +32,7 @@ class Weight:
             self._packed = torch.ops.quantized.linear_prepack_fp16(wide, wide_bias)
         else:
             self._wide, self._bias = wide, wide_bias
+        self._weight = None  # one copy is enough
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """The product [..., out], in the dtype of `x`."""
@@ -39,6 +41,7 @@ class Weight:
             return y.to(x.dtype)
         if self._wide is not None:
             return linear(x.float(), self._wide, self._bias).to(x.dtype)
+        assert self._weight is not None
         return linear(x, self._weight, self._bias)
 
 

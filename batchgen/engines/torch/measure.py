@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from batchgen.engines.torch.kvcache import Tile
+from batchgen.engines.torch.kvcache import Tile, free_bytes
 from batchgen.speculation.costs import Costs, Table
+from batchgen_kernels.tree_attention import MAX_NODES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,11 +25,17 @@ _SHORT, _LONG = 64, 512
 
 def measure(target: Target, draft: Draft, batch_size: int) -> Costs:
     """Seconds of the target's pass, a draft level and the draft's catch-up, for up to four nodes a row."""
+    batch_size = min(batch_size, _GRID[-1])
     pool, draft_pool = target.pool(), draft.pool()
+    width = MAX_NODES + _LONG
+    while batch_size > 8 and pool.num_bytes(batch_size, width) > free_bytes(target.device) // 2:
+        batch_size //= 2
     for each in (pool, draft_pool):
-        each.resize(batch_size, _LONG + _GRID[-1])
+        each.resize(batch_size, width)
+        for stored in (each.k, each.v):
+            stored.fill_(0.5)  # pages that were never written would all be read from one
     hidden = torch.zeros(1, target.embedding.shape[1], dtype=target.dtype, device=target.device)
-    grid = [n for n in _GRID if n <= max(64, 4 * batch_size)]
+    grid = [n for n in _GRID if n <= min(max(64, 4 * batch_size), batch_size * MAX_NODES)]
 
     def verify(tokens: int, context: int) -> None:
         ids = torch.arange(tokens, device=target.device)
@@ -59,7 +66,11 @@ def measure(target: Target, draft: Draft, batch_size: int) -> Costs:
         bare = [s - per_context_token * min(n, batch_size) * _SHORT for n, s in zip(grid, seconds, strict=True)]
         return Table(grid, [max(s, 1e-6) for s in bare], per_context_token)
 
-    return Costs(verify=table(verify), level=table(level), extend=table(extend), fixed=0.0)
+    costs = Costs(verify=table(verify), level=table(level), extend=table(extend), fixed=0.0)
+    if target.device.type == "cuda":
+        del pool, draft_pool
+        torch.cuda.empty_cache()  # or the job would take these pools' memory for used
+    return costs
 
 
 def _layout(lay: Callable[..., Layout], tokens: int, batch_size: int, context: int) -> Layout:

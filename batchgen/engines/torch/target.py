@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 from transformers.utils.logging import disable_progress_bar
 
 from batchgen.engines.torch.decoder import Decoder
-from batchgen.engines.torch.kvcache import Layout, Pool, Tile
+from batchgen.engines.torch.kvcache import Layout, Pool, Tile, out_of_memory
 from batchgen.engines.torch.linear import Weight, use_weights
 from batchgen.errors import ModelError
 from batchgen_kernels.tree_attention import Span, tree_attention
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _ATTENTION = "batchgen_tree"
 _WAY_OUT = "use engine.kind: vllm for this model"
-_CANNOT_RUN = (TypeError, KeyError, AttributeError, RuntimeError, ValueError)
+_CANNOT_RUN = (TypeError, KeyError, IndexError, AttributeError, AssertionError, RuntimeError, ValueError)
 
 
 class _PoolCache(Cache):
@@ -125,8 +125,9 @@ class Target:
             if self._differs(own) is None:
                 self._theirs = None  # its weights live on in ours
                 return
-        except (TypeError, AttributeError, RuntimeError):
-            pass  # of another make
+        except _CANNOT_RUN as error:
+            if out_of_memory(error):
+                raise
         self._ours = None
         use_weights(self._theirs)
         try:
@@ -221,6 +222,12 @@ def _refuse_unsupported(config: Any, path: Path) -> None:
         raise ModelError(f"{path}: {kind} is made of several models; the torch engine runs decoders only; {_WAY_OUT}")
     if getattr(config, "kv_lora_rank", None) is not None:
         raise ModelError(f"{path}: {kind} uses latent attention (MLA), which the torch engine cannot cache; {_WAY_OUT}")
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope in ("dynamic", "longrope"):
+        raise ModelError(
+            f"{path}: {kind} rotates by the longest row of a pass ({rope}), so a row's tokens would depend on its "
+            f"neighbours; {_WAY_OUT}"
+        )
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     if layer_types - {"full_attention"}:
         found = ", ".join(sorted(layer_types - {"full_attention"}))

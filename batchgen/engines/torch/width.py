@@ -163,12 +163,10 @@ class AutoTree:
                 features = (drafted.candidates.logp, drafted.candidates.rank, drafted.candidates.depth)
                 logp, rank, depth = (feature[at[:, 0], at[:, 1]].cpu().numpy() for feature in features)
                 self._calibration.learn(logp, rank, depth, np.array([label for _, _, label in reached]))
-        if step.mixed:
-            return  # its seconds are the prompts' as well
-        self._throughput.seen(step.rows, step.tokens, step.draft_s + step.verify_s)
-        self.costs.verify.refine(step.nodes, step.context, step.verify_s)
-        if drafted is not None:
             self._refine_draft(drafted, step)
+        if not step.mixed:  # or the seconds would be the prompts' as well
+            self._throughput.seen(step.rows, step.tokens, step.draft_s + step.verify_s)
+            self.costs.verify.refine(step.nodes, step.context, step.verify_s)
 
     def _refine_draft(self, drafted: Drafted, step: Step) -> None:
         levels = Draft(drafted.shape.depth, drafted.shape.width).level_tokens(step.rows)

@@ -105,7 +105,8 @@ def test_a_head_that_paused_drafts_as_if_it_had_not(bench):
     [asked] = sorted(bench.prompts("mt_bench", 20), key=len)[-1:]
     shape = Shape(1, 2, 2)
     widths = (Idle(shape), Moody(shape, {6, 82, 83, 84}))
-    always, paused = (bench.engine(width, 1, kind=Watched) for width in widths)
+    # Passes of 40 tokens: catching up takes several.
+    always, paused = (bench.engine(width, 1, kind=Watched, prefill_tokens=40) for width in widths)
     for engine in (always, paused):
         bench.run(engine, [asked], Sampling(max_tokens=95))
     assert len(paused.logp) >= 3
