@@ -4,7 +4,7 @@ A CPU without bfloat16 instructions computes bfloat16 products in scalar code. T
 and rounded once, is had from FBGEMM's packed float16 weights (pytorch/FBGEMM, FbgemmFP16.h): a bfloat16 number has
 fewer digits than a float16, so packing is exact from 2^-14 to 65504 in magnitude, and off by at most 2^-25 below. It
 reads two bytes a weight; on an AVX2 machine most products took a half to an eighth of float32's time with up to 8 rows,
-and three quarters of it with 64.
+and about two thirds of it with 64.
 """
 
 from __future__ import annotations
