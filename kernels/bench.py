@@ -125,14 +125,14 @@ def swiglu_case(m: Model, device: torch.device, n: int) -> Case:
     gate, up = (half.contiguous() for half in x.chunk(2, 1))
 
     def error() -> float:
-        exact = swiglu.swiglu_reference(x.double())
+        exact = swiglu.swiglu.__wrapped__(x.double())
         poison(*exact.shape, device=device)
         return off(swiglu.swiglu(x), exact, 2**-7)
 
-    compiled = torch.compile(swiglu.swiglu_reference, dynamic=False)
+    compiled = torch.compile(swiglu.swiglu.__wrapped__, dynamic=False)
     forms: dict[str, Callable[[], Any]] = {
         "kernel": lambda: swiglu.swiglu(x),
-        "reference": lambda: swiglu.swiglu_reference(x),
+        "reference": lambda: swiglu.swiglu.__wrapped__(x),
         "torch.compile": lambda: compiled(x),
         **library("flashinfer", "flashinfer.activation", "silu_and_mul", lambda f: f(x)),
         **library("liger", "liger_kernel.ops.swiglu", "LigerSiLUMulFunction", lambda f: f.apply(gate, up)),
@@ -151,14 +151,14 @@ def rope_case(m: Model, device: torch.device, n: int) -> Case:
 
     def error() -> float:
         k64, v64 = torch.full(shape, NAN, dtype=torch.float64, device=device)
-        exact = rope.rope_and_store_reference(qkv.double(), cos.double(), sin.double(), k64, v64, *place)
+        exact = rope.rope_and_store.__wrapped__(qkv.double(), cos.double(), sin.double(), k64, v64, *place)
         poison(*exact.shape, device=device)
         found = rope.rope_and_store(qkv, cos, sin, k, v, *place)
         return max(off(found, exact, 2**-7), off(k, k64, 2**-7), off(v, v64, 2**-7))
 
     forms: dict[str, Callable[[], Any]] = {
         "kernel": lambda: rope.rope_and_store(qkv, cos, sin, k, v, *place),
-        "reference (eager)": lambda: rope.rope_and_store_reference(qkv, cos, sin, k, v, *place),
+        "reference (eager)": lambda: rope.rope_and_store.__wrapped__(qkv, cos, sin, k, v, *place),
     }
     return Case("rope_and_store", f"N={n} heads={m.num_heads}/{m.num_kv}", 2 * qkv.nbytes, error, forms)
 
@@ -172,12 +172,12 @@ def compaction_case(m: Model, device: torch.device, accepted: int) -> Case:
     def error() -> float:
         ours, theirs = (k.clone(), v.clone()), (k.clone(), v.clone())
         compaction.compact(*ours, *moves)
-        compaction.compact_reference(*theirs, *moves)
+        compaction.compact.__wrapped__(*theirs, *moves)
         return 0.0 if all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)) else float("inf")
 
     forms: dict[str, Callable[[], Any]] = {
         "kernel": lambda: compaction.compact(k, v, *moves),
-        "reference (eager)": lambda: compaction.compact_reference(k, v, *moves),
+        "reference (eager)": lambda: compaction.compact.__wrapped__(k, v, *moves),
     }
     num_bytes = 8 * len(step) * m.layers * m.num_kv * m.head_dim
     return Case("compact", f"64 rows, {accepted} moves, {m.layers} layers", num_bytes, error, forms)
@@ -194,12 +194,12 @@ def sample_case(m: Model, device: torch.device, n: int, kind: str) -> Case:
 
     def error() -> float:
         # Two tokens may tie to within the rounding of a logarithm, once in a long while.
-        differ = sample.gumbel_argmax(logits, *rest) != sample.gumbel_argmax_reference(logits, *rest)
+        differ = sample.gumbel_argmax(logits, *rest) != sample.gumbel_argmax.__wrapped__(logits, *rest)
         return float(differ.sum()) / 1.5
 
     forms: dict[str, Callable[[], Any]] = {
         "kernel": lambda: sample.gumbel_argmax(logits, *rest),
-        "reference (eager)": lambda: sample.gumbel_argmax_reference(logits, *rest),
+        "reference (eager)": lambda: sample.gumbel_argmax.__wrapped__(logits, *rest),
         "argmax alone": lambda: logits.argmax(1),
     }
     if kind == "sampled":

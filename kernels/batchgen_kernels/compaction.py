@@ -10,26 +10,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from batchgen_kernels.dispatch import on_triton
+from batchgen_kernels.dispatch import with_kernel
 
 if TYPE_CHECKING:
     import torch
 
 
-def compact_reference(
-    k_pool: torch.Tensor,
-    v_pool: torch.Tensor,
-    slot_M: torch.Tensor,
-    source_M: torch.Tensor,
-    destination_M: torch.Tensor,
-) -> None:
-    """What `compact` does; indexing gathers every source before it writes a destination."""
-    real = slot_M >= 0
-    slot, source, destination = slot_M[real], source_M[real], destination_M[real]
-    for pool in (k_pool, v_pool):
-        pool[:, slot, :, destination] = pool[:, slot, :, source]
-
-
+@with_kernel("triton_compaction")
 def compact(
     k_pool: torch.Tensor,
     v_pool: torch.Tensor,
@@ -42,9 +29,7 @@ def compact(
     The moves are int64. Those of one slot come with sources and destinations strictly ascending and destination <=
     source; they may stand apart and overlap. A negative slot is no move.
     """
-    if not on_triton(k_pool):
-        compact_reference(k_pool, v_pool, slot_M, source_M, destination_M)
-        return
-    from batchgen_kernels.triton_compaction import compact as launch
-
-    launch(k_pool, v_pool, slot_M, source_M, destination_M)
+    real = slot_M >= 0
+    slot, source, destination = slot_M[real], source_M[real], destination_M[real]
+    for pool in (k_pool, v_pool):  # indexing gathers every source before it writes a destination
+        pool[:, slot, :, destination] = pool[:, slot, :, source]

@@ -11,35 +11,10 @@ from __future__ import annotations
 
 import torch
 
-from batchgen_kernels.dispatch import on_triton
+from batchgen_kernels.dispatch import with_kernel
 
 
-def rope_and_store_reference(
-    qkv: torch.Tensor,
-    cos_ND: torch.Tensor,
-    sin_ND: torch.Tensor,
-    k_SKLD: torch.Tensor,
-    v_SKLD: torch.Tensor,
-    slot_N: torch.Tensor,
-    position_N: torch.Tensor,
-    num_heads: int,
-) -> torch.Tensor:
-    """What `rope_and_store` computes."""
-    num_kv, head_dim = k_SKLD.shape[1], k_SKLD.shape[3]
-    heads = qkv.view(qkv.shape[0], num_heads + 2 * num_kv, head_dim)
-    qk, v = heads[:, : num_heads + num_kv], heads[:, num_heads + num_kv :]
-    low, high = qk.chunk(2, -1)
-    cos, sin = cos_ND.to(qkv.dtype)[:, None], sin_ND.to(qkv.dtype)[:, None]
-    rotated = qk * cos + torch.cat((-high, low), -1) * sin
-    queries, k = rotated[:, :num_heads].contiguous(), rotated[:, num_heads:]
-    if len(slot_N) and int(slot_N.min()) < 0:
-        real = slot_N >= 0
-        slot_N, position_N, k, v = slot_N[real], position_N[real], k[real], v[real]
-    k_SKLD[slot_N, :, position_N] = k
-    v_SKLD[slot_N, :, position_N] = v
-    return queries
-
-
+@with_kernel("triton_rope")
 def rope_and_store(
     qkv: torch.Tensor,
     cos_ND: torch.Tensor,
@@ -57,8 +32,16 @@ def rope_and_store(
     slot_N: int64; a token of negative slot is padding and is stored nowhere (its query is computed all the same)
     position_N: int64 places in the pool, which need not be rotary positions; no two tokens share slot and position
     """
-    if not on_triton(qkv):
-        return rope_and_store_reference(qkv, cos_ND, sin_ND, k_SKLD, v_SKLD, slot_N, position_N, num_heads)
-    from batchgen_kernels.triton_rope import rope_and_store as launch
-
-    return launch(qkv, cos_ND, sin_ND, k_SKLD, v_SKLD, slot_N, position_N, num_heads)
+    num_kv, head_dim = k_SKLD.shape[1], k_SKLD.shape[3]
+    heads = qkv.view(qkv.shape[0], num_heads + 2 * num_kv, head_dim)
+    qk, v = heads[:, : num_heads + num_kv], heads[:, num_heads + num_kv :]
+    low, high = qk.chunk(2, -1)
+    cos, sin = cos_ND.to(qkv.dtype)[:, None], sin_ND.to(qkv.dtype)[:, None]
+    rotated = qk * cos + torch.cat((-high, low), -1) * sin
+    queries, k = rotated[:, :num_heads].contiguous(), rotated[:, num_heads:]
+    if len(slot_N) and int(slot_N.min()) < 0:
+        real = slot_N >= 0
+        slot_N, position_N, k, v = slot_N[real], position_N[real], k[real], v[real]
+    k_SKLD[slot_N, :, position_N] = k
+    v_SKLD[slot_N, :, position_N] = v
+    return queries

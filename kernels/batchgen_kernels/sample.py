@@ -11,29 +11,11 @@ from __future__ import annotations
 
 import torch
 
-from batchgen_kernels.dispatch import on_triton
+from batchgen_kernels.dispatch import with_kernel
 from batchgen_kernels.gumbel import noise_of_words
 
 
-def gumbel_argmax_reference(
-    logits_NV: torch.Tensor,
-    temperature_N: torch.Tensor,
-    threshold_N: torch.Tensor,
-    first_N: torch.Tensor,
-    second_N: torch.Tensor,
-) -> torch.Tensor:
-    """What `gumbel_argmax` computes. Noise is made for survivors only."""
-    tokens = logits_NV.argmax(-1)
-    drawn = (temperature_N > 0).nonzero()[:, 0]
-    if len(drawn):
-        scaled = logits_NV[drawn].float() / temperature_N[drawn, None]
-        row, token = (scaled >= threshold_N[drawn, None]).nonzero(as_tuple=True)
-        noisy = torch.full_like(scaled, float("-inf"))
-        noisy[row, token] = scaled[row, token] + noise_of_words(first_N[drawn][row], second_N[drawn][row], token)
-        tokens[drawn] = noisy.argmax(-1)
-    return tokens
-
-
+@with_kernel("triton_sample")
 def gumbel_argmax(
     logits_NV: torch.Tensor,
     temperature_N: torch.Tensor,
@@ -50,8 +32,12 @@ def gumbel_argmax(
         reciprocal, whose rounding may put the last survivor below its own threshold.
     first_N, second_N: int64, the two words of `gumbel.position_words`
     """
-    if not on_triton(logits_NV):
-        return gumbel_argmax_reference(logits_NV, temperature_N, threshold_N, first_N, second_N)
-    from batchgen_kernels.triton_sample import gumbel_argmax as launch
-
-    return launch(logits_NV, temperature_N, threshold_N, first_N, second_N)
+    tokens = logits_NV.argmax(-1)
+    drawn = (temperature_N > 0).nonzero()[:, 0]
+    if len(drawn):
+        scaled = logits_NV[drawn].float() / temperature_N[drawn, None]
+        row, token = (scaled >= threshold_N[drawn, None]).nonzero(as_tuple=True)
+        noisy = torch.full_like(scaled, float("-inf"))
+        noisy[row, token] = scaled[row, token] + noise_of_words(first_N[drawn][row], second_N[drawn][row], token)
+        tokens[drawn] = noisy.argmax(-1)
+    return tokens

@@ -11,22 +11,14 @@ from typing import TYPE_CHECKING
 
 from torch.nn.functional import silu
 
-from batchgen_kernels.dispatch import on_triton, wide
+from batchgen_kernels.dispatch import wide, with_kernel
 
 if TYPE_CHECKING:
     import torch
 
 
-def swiglu_reference(gate_up_N2I: torch.Tensor) -> torch.Tensor:
-    """What `swiglu` computes."""
-    gate, up = gate_up_N2I.chunk(2, -1)
-    return silu(wide(gate)).to(gate.dtype) * up
-
-
+@with_kernel("triton_swiglu")
 def swiglu(gate_up_N2I: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, [N, I] in the dtype of the contiguous `gate_up_N2I`."""
-    if not on_triton(gate_up_N2I):
-        return swiglu_reference(gate_up_N2I)
-    from batchgen_kernels.triton_swiglu import swiglu as launch
-
-    return launch(gate_up_N2I)
+    gate, up = gate_up_N2I.chunk(2, -1)
+    return silu(wide(gate)).to(gate.dtype) * up

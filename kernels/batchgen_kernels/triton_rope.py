@@ -1,4 +1,4 @@
-"""The kernel of `rope.rope_and_store`; its reference is `rope.rope_and_store_reference`."""
+"""The kernel of `rope.rope_and_store`; the reference is the function itself."""
 # mypy: disable-error-code="import-untyped, import-not-found, no-untyped-def, untyped-decorator"
 # ruff: noqa: ANN001, ANN202 -- what a kernel takes and returns has no Python type; each argument is commented instead
 

@@ -1,4 +1,4 @@
-"""The kernels of `sample.gumbel_argmax`; their reference is `sample.gumbel_argmax_reference`."""
+"""The kernels of `sample.gumbel_argmax`; the reference is the function itself."""
 # mypy: disable-error-code="import-untyped, import-not-found, no-untyped-def, untyped-decorator"
 # ruff: noqa: ANN001, ANN202 -- what a kernel takes and returns has no Python type; each argument is commented instead
 

@@ -1,4 +1,4 @@
-"""The kernel of `swiglu.swiglu`; its reference is `swiglu.swiglu_reference`."""
+"""The kernel of `swiglu.swiglu`; the reference is the function itself."""
 # mypy: disable-error-code="import-untyped, import-not-found, no-untyped-def, untyped-decorator"
 # ruff: noqa: ANN001 -- what a kernel takes and returns has no Python type; each argument is commented instead
 

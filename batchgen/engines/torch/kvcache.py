@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from batchgen_kernels.compaction import compact
 from batchgen_kernels.tree_attention import MAX_NODES, Span, Tiles, span_mask, tile_mask
 
 if TYPE_CHECKING:
@@ -65,8 +66,7 @@ class Pool:
 
     def compact(self, slots: torch.Tensor, source: torch.Tensor, destination: torch.Tensor) -> None:
         """Copy pool positions `source` of `slots` to `destination` in all layers, in place; all int64 [M]."""
-        for pool in (self.k, self.v):
-            pool[:, slots, :, destination] = pool[:, slots, :, source]
+        compact(self.k, self.v, slots, source, destination)
 
     def move(self, source: int, destination: int, num_tokens: int) -> None:
         """Copy the first `num_tokens` tokens of one slot over another's, in place."""
