@@ -51,11 +51,7 @@ class Machine:
         self.target = Target(path, getattr(torch, dtype), torch.device(device))
         self.draft = Draft(EXAMPLES / "smollm2", self.target)
         self._auto: dict[int, AutoTree] = {}
-        sets = [pq.read_table(EXAMPLES / f"prompts/{name}.parquet")["messages"].to_pylist() for name in SETS]
-        mixed = [messages for together in zip(*sets, strict=False) for messages in together]
-        self.prompts = [
-            self.tokenizer.apply_chat_template(m, add_generation_prompt=True, return_dict=False) for m in mixed
-        ]
+        self.prompts = mixed_prompts(self.tokenizer)
 
     def engine(self, mode: str, rows: int) -> TorchEngine:
         """A fresh engine that decodes by `mode`."""
@@ -83,6 +79,13 @@ class Machine:
             Request(i, str(i), 0, p, Sampling(max_tokens=n))
             for i, (p, n) in enumerate(zip(prompts, lengths, strict=True))
         ]
+
+
+def mixed_prompts(tokenizer: Any) -> list[list[int]]:
+    """The committed prompts of every set in turn, as token ids."""
+    sets = [pq.read_table(EXAMPLES / f"prompts/{name}.parquet")["messages"].to_pylist() for name in SETS]
+    mixed = [messages for together in zip(*sets, strict=False) for messages in together]
+    return [tokenizer.apply_chat_template(m, add_generation_prompt=True, return_dict=False) for m in mixed]
 
 
 def decode(engine: TorchEngine, requests: Sequence[Request]) -> dict[str, float]:

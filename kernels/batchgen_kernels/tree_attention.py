@@ -2,11 +2,12 @@
 
 One forward pass carries tokens of many rows side by side. A row's tokens either form a *tile* (at most 64 tree nodes,
 each with a bitmask of the nodes it may see) or a *span* (a chunk of prompt, causal). Keys and values are read from
-slot-contiguous pools, where the pass's own tokens were written beforehand. Query heads that share a key/value head are
-packed into the row dimension, so that each key is read once per group.
+slot-contiguous pools, where the pass's own tokens were written beforehand. Tiles are read by the kernel of `attend`, or
+by torch's SDPA: there query heads that share a key/value head are packed into the row dimension, so that each key is
+read once per group, and slots in blocks, so that a long row or a wide tree pads its neighbours only.
 
-Shape legend: N packed tokens, S slots, T tile width, L pool length, H query heads, K key/value heads, G = H // K,
-D head size.
+Shape legend: N packed tokens, R tiles, S slots, T tile width, L pool length, H query heads, K key/value heads,
+G = H // K, D head size.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import dataclasses
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+
+from batchgen_kernels.attend import tree_attend
 
 MAX_NODES = 64  # bits of an ancestor mask, the root included
 
@@ -30,19 +33,48 @@ class Span:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Tiles:
-    """All tiles of a pass, padded to [S, T]; S is the highest slot in use plus one.
+class Ragged:
+    """All tiles of a pass as `attend.tree_attend` takes them, on the device."""
 
-    token_ST: packed index of each tile query, padding points at packed token 0
-    flat_N: for each packed tile token, in packed order, its place in the flattened [S * T]
-    packed_N: for each packed tile token its packed index
-    mask: float [S, 1, G * T, L], 0 where query t of slot s may see pool column l, else -inf
+    slot_R: torch.Tensor
+    start_R: torch.Tensor
+    count_R: torch.Tensor
+    prefix_R: torch.Tensor
+    bits_N: torch.Tensor
+    position_N: torch.Tensor
+    max_count: int
+    splits: int
+    window: int | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Block:
+    """Tiles of neighbouring slots `first` to `stop`, padded to one width T and one pool length L.
+
+    start: their first place among the padded queries of the pass
+    mask: float [stop - first, 1, G * T, L], 0 where query t of a slot may see pool column l, else -inf
     """
 
-    token_ST: torch.Tensor
+    first: int
+    stop: int
+    start: int
+    width: int
+    mask: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Padded:
+    """All tiles of a pass as torch's SDPA takes them: P padded queries in blocks of slots.
+
+    token_P: packed index of each padded query, padding points at packed token 0; None where it is its own place
+    flat_N: for each packed tile token its place in P
+    packed_N: for each packed tile token, in the order of `flat_N`, its packed index
+    """
+
+    blocks: list[Block]
+    token_P: torch.Tensor | None
     flat_N: torch.Tensor
     packed_N: torch.Tensor
-    mask: torch.Tensor
 
 
 def tile_mask(
@@ -74,7 +106,7 @@ def tree_attention(
     q_NHD: torch.Tensor,
     k_SKLD: torch.Tensor,
     v_SKLD: torch.Tensor,
-    tiles: Tiles | None,
+    tiles: Padded | Ragged | None,
     spans: list[tuple[Span, torch.Tensor]],
     scale: float,
 ) -> torch.Tensor:
@@ -83,17 +115,12 @@ def tree_attention(
     Each span comes with its `span_mask`: masks are built once a pass and used in every layer.
     """
     out_NHD = torch.empty_like(q_NHD)
-    num_heads, head_dim = q_NHD.shape[1:]
-    num_kv = k_SKLD.shape[1]
-    group = num_heads // num_kv
-    if tiles is not None:
-        (slots, width), length = tiles.token_ST.shape, tiles.mask.shape[3]
-        q = q_NHD[tiles.token_ST].view(slots, width, num_kv, group, head_dim).permute(0, 2, 3, 1, 4)
-        q = q.reshape(slots, num_kv, group * width, head_dim)
-        k, v = k_SKLD[:slots, :, :length], v_SKLD[:slots, :, :length]
-        o = scaled_dot_product_attention(q, k, v, tiles.mask, scale=scale)
-        o = o.view(slots, num_kv, group, width, head_dim).permute(0, 3, 1, 2, 4).reshape(-1, num_heads, head_dim)
-        out_NHD[tiles.packed_N] = o[tiles.flat_N]
+    if isinstance(tiles, Ragged):
+        rows = (tiles.slot_R, tiles.start_R, tiles.count_R, tiles.prefix_R, tiles.bits_N)
+        how = (scale, tiles.max_count, tiles.splits, tiles.window, tiles.position_N)
+        tree_attend(q_NHD, k_SKLD, v_SKLD, *rows, *how, out_NHD)
+    elif tiles is not None:
+        _attend_padded(q_NHD, k_SKLD, v_SKLD, tiles, scale, out_NHD)
     for span, mask in spans:
         stop = span.prefix + span.stop - span.start
         q = q_NHD[span.start : span.stop].transpose(0, 1)[None]
@@ -101,6 +128,33 @@ def tree_attention(
         o = scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
         out_NHD[span.start : span.stop] = o[0].transpose(0, 1)
     return out_NHD
+
+
+def _attend_padded(
+    q_NHD: torch.Tensor,
+    k_SKLD: torch.Tensor,
+    v_SKLD: torch.Tensor,
+    tiles: Padded,
+    scale: float,
+    out_NHD: torch.Tensor,
+) -> None:
+    num_heads, head_dim = q_NHD.shape[1:]
+    num_kv = k_SKLD.shape[1]
+    group = num_heads // num_kv
+    q_PHD = q_NHD if tiles.token_P is None else q_NHD[tiles.token_P]
+    out_PHD = out_NHD if tiles.token_P is None else torch.empty_like(q_PHD)
+    for block in tiles.blocks:
+        slots, width, length = block.stop - block.first, block.width, block.mask.shape[3]
+        at = slice(block.start, block.start + slots * width)
+        q = q_PHD[at].view(slots, width, num_kv, group, head_dim).permute(0, 2, 3, 1, 4)
+        q = q.reshape(slots, num_kv, group * width, head_dim)
+        k, v = (x[block.first : block.stop, :, :length] for x in (k_SKLD, v_SKLD))
+        o = scaled_dot_product_attention(q, k, v, block.mask, scale=scale)
+        out_PHD[at].view(slots, width, num_kv, group, head_dim).copy_(
+            o.view(slots, num_kv, group, width, head_dim).permute(0, 3, 1, 2, 4)
+        )
+    if tiles.token_P is not None:
+        out_NHD[tiles.packed_N] = out_PHD[tiles.flat_N]
 
 
 def span_mask(span: Span, dtype: torch.dtype, device: torch.device, window: int | None = None) -> torch.Tensor:

@@ -84,7 +84,7 @@ class Decoder:
     # Others have the same parts and join them differently: SmolLM3 rotates in some layers only.
     KINDS = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 
-    def __init__(self, model: Any, num_heads: int, num_kv_heads: int) -> None:
+    def __init__(self, model: Any, num_heads: int, num_kv_heads: int, *, two_bytes: bool) -> None:
         if model.config.model_type not in self.KINDS:
             raise TypeError(f"a decoder of type {model.config.model_type}")
         self._embedding = model.embed_tokens.weight.detach()
@@ -98,16 +98,16 @@ class Decoder:
             _expect(mlp, _MLP_PARTS)
             if type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
                 raise TypeError(f"activation {type(mlp.act_fn).__name__}")
-            qkv = _merged(attention.q_proj, attention.k_proj, attention.v_proj)
-            out = Weight(*_parts(attention.o_proj))
+            qkv = _merged(attention.q_proj, attention.k_proj, attention.v_proj, two_bytes=two_bytes)
+            out = Weight(*_parts(attention.o_proj), two_bytes=two_bytes)
             norms = (_norm(attention.q_norm), _norm(attention.k_norm)) if has_norms else None
-            gate_up = _merged(mlp.gate_proj, mlp.up_proj)
+            gate_up = _merged(mlp.gate_proj, mlp.up_proj, two_bytes=two_bytes)
             self._layers.append(
                 (
                     _norm(layer.input_layernorm),
                     Attention(qkv, out, norms, num_heads, num_kv_heads),
                     _norm(layer.post_attention_layernorm),
-                    Mlp(gate_up, Weight(*_parts(mlp.down_proj))),
+                    Mlp(gate_up, Weight(*_parts(mlp.down_proj), two_bytes=two_bytes)),
                 )
             )
 
@@ -129,7 +129,7 @@ class Decoder:
         return normed, [captured[i] for i in sorted(captured)]
 
 
-def _merged(*modules: Any) -> Weight:
+def _merged(*modules: Any, two_bytes: bool) -> Weight:
     """One weight that stacks the outputs of several; the modules' own weights become views of it."""
     parts = [_parts(module) for module in modules]
     whole = torch.cat([weight for weight, _ in parts])
@@ -138,7 +138,7 @@ def _merged(*modules: Any) -> Weight:
     biases = [bias for _, bias in parts if bias is not None]
     if biases and len(biases) < len(parts):
         raise TypeError("a bias on some of the merged products only")
-    return Weight(whole, torch.cat(biases) if biases else None)
+    return Weight(whole, torch.cat(biases) if biases else None, two_bytes=two_bytes)
 
 
 def _parts(module: Any) -> tuple[torch.Tensor, torch.Tensor | None]:

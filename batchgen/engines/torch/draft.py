@@ -14,7 +14,7 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from batchgen.engines.torch.decoder import Attention, Mlp, Norm
-from batchgen.engines.torch.kvcache import Layout, Pool, Tile
+from batchgen.engines.torch.kvcache import Heads, Layout, Pool, Tile
 from batchgen.engines.torch.linear import Weight
 from batchgen.engines.torch.weights import load_head
 from batchgen.errors import ModelError
@@ -40,13 +40,14 @@ class Draft:
         )
         self.config = head.config
         self.dtype, self.device = target.dtype, target.device
-        w = {name: tensor.to(self.device, self.dtype) for name, tensor in head.tensors.items()}
+        w = {name: tensor.to(self.device, target.weights_dtype).to(self.dtype) for name, tensor in head.tensors.items()}
         own = w.get("embed_tokens.weight")
         self.embedding = target.embedding if own is None or torch.equal(own, target.embedding) else own
         layer = self.config.layer
         self._heads = layer.num_attention_heads
         self._kv_heads = layer.num_key_value_heads or self._heads
         self._head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // self._heads
+        self.heads = Heads(self._heads, self._kv_heads, self.dtype, self.device, self.config.window)
         self._rotary = LlamaRotaryEmbedding(layer).to(self.device)
 
         def norm(name: str) -> Norm:
@@ -57,7 +58,7 @@ class Draft:
             if biases and len(biases) < len(names):
                 raise ModelError(f"{path}: {prefix}{{{','.join(names)}}} have biases in part; expected all or none")
             stacked = torch.cat([w[f"{prefix}{name}.weight"] for name in names])
-            return Weight(stacked, torch.cat(biases) if biases else None)
+            return Weight(stacked, torch.cat(biases) if biases else None, two_bytes=target.two_bytes)
 
         def attention(prefix: str) -> Attention:
             qkv, out = product(prefix, "q_proj", "k_proj", "v_proj"), product(prefix, "o_proj")
@@ -91,8 +92,7 @@ class Draft:
 
     def layout(self, tiles: list[Tile], spans: list[Span]) -> Layout:
         """Lay out a pass for this head."""
-        group, window = self._heads // self._kv_heads, self.config.window
-        return Layout.of(tiles, spans, group=group, dtype=self.dtype, device=self.device, window=window)
+        return Layout.of(tiles, spans, self.heads)
 
     @torch.no_grad()
     def fuse(self, final: torch.Tensor, captured: torch.Tensor | None) -> torch.Tensor:

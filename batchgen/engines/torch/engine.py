@@ -233,24 +233,17 @@ class TorchEngine:
         final, captured = self._target.forward(self._ids(token_ids), self._target.layout(tiles, spans), self._pool)
         # A prompt that was read to its end gives its row's first token; a row that resumes has it already.
         ends = [s for s in spans if self._rows[s.slot].unread == s.stop - s.start and not self._rows[s.slot].num_output]
-        logits = self._target.logits(final[self._ids([*range(num_nodes), *(span.stop - 1 for span in ends)])])
-        if self._target.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()  # the next line but one waits for it anyway
+        last = final if not spans else final[self._ids([*range(num_nodes), *(span.stop - 1 for span in ends)])]
+        draws = [row.next_draw(depth) for row, tree in zip(rows, trees, strict=True) for depth in tree.depths]
+        draws += [self._rows[span.slot].next_draw() for span in ends]
+        sampled = verify.Sampled(self._target.logits(last), draws)
         judged = time.perf_counter()
-        reached: list[tuple[int, int, float]] = []
 
         def pick(alive: list[int], nodes: list[int]) -> list[int]:
-            at = self._ids([tiles[r].start + node for r, node in zip(alive, nodes, strict=True)])
-            children = [trees[r].children(node) for r, node in zip(alive, nodes, strict=True)]
-            draws = [rows[r].next_draw(trees[r].depths[node]) for r, node in zip(alive, nodes, strict=True)]
-            asked = [[trees[r].tokens[c] for c in below] for r, below in zip(alive, children, strict=True)]
-            tokens, chances = verify.draw(logits[at], draws, asked)
-            for r, below, chance in zip(alive, children, chances, strict=True):
-                reached.extend((r, trees[r].candidates[c - 1], p) for c, p in zip(below, chance, strict=True))
-            return tokens
+            return sampled.tokens([tiles[r].start + node for r, node in zip(alive, nodes, strict=True)])
 
         walks = verify.walk(trees, pick)
-        first, _ = verify.draw(logits[num_nodes:], [self._rows[span.slot].next_draw() for span in ends])
+        first = sampled.tokens(range(num_nodes, num_nodes + len(ends)))
         self._keep(tiles, walks, spans, final, captured)
         for row, tree, walked in zip(rows, trees, walks, strict=True):
             self._count(row, tree, walked)
@@ -263,6 +256,7 @@ class TorchEngine:
         if self._width is not None and self._draft is not None and rows:
             num_tokens = self.num_tokens - before - len(ends)
             times = (grown - began, ended - grown)
+            reached = _reached(tiles, trees, walks, sampled) if drafted is not None else []
             self._width.spent(Step(len(rows), context, num_nodes, num_tokens, *times, bool(spans), drafted), reached)
 
     def _grow(self, slots: list[int]) -> tuple[Drafted | None, list[forest.RowTree]]:
@@ -394,3 +388,16 @@ class TorchEngine:
 
     def _ids(self, values: Sequence[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._target.device)
+
+
+def _reached(
+    tiles: list[Tile], trees: list[forest.RowTree], walks: list[verify.Walk], sampled: verify.Sampled
+) -> list[tuple[int, int, float]]:
+    """(row, candidate, chance) of every drafted child of the root and of accepted nodes."""
+    places, asked = [], []
+    for r, (tile, tree, walked) in enumerate(zip(tiles, trees, walks, strict=True)):
+        for node in (0, *walked.path):
+            for child in tree.children(node):
+                places.append((r, tree.candidates[child - 1]))
+                asked.append((tile.start + node, tree.tokens[child]))
+    return [(*place, chance) for place, chance in zip(places, sampled.chances(asked), strict=True)]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from batchgen.engines.torch.kvcache import Pool, Tile
+from batchgen.engines.torch.kvcache import Layout, Pool
 from batchgen_kernels.tree_attention import MAX_NODES
 
 if TYPE_CHECKING:
@@ -91,6 +91,7 @@ def grow(
     state `state[b]`.
     """
     num_rows, width = len(slots), shape.width
+    slot_R, prefix_R = (torch.tensor(each, device=state.device) for each in (slots, context))
     rank = torch.arange(width, device=state.device)
     score, token = draft.top(state, width)
     parent = torch.full_like(token, -1)
@@ -100,12 +101,7 @@ def grow(
     parent_state = state[:, None].expand(-1, width, -1)
     bits = (1 << rank).expand(num_rows, -1)
     for level in range(1, shape.depth):
-        columns = [(level - 1) * width + j for j in range(width)]
-        tiles = [
-            Tile(b * width, slots[b], context[b], row_bits, columns, [context[b] - 1 + level] * width)
-            for b, row_bits in enumerate(bits.tolist())
-        ]
-        layout = draft.layout(tiles, [])
+        layout = Layout.even(slot_R, prefix_R, bits, (level - 1) * width, level - 1, draft.heads)
         # Of one row, the reshaped expansion would still be a view of stride 0, which kernels refuse.
         hidden = parent_state.reshape(num_rows * width, -1).contiguous()
         out = draft.forward(token.reshape(-1), hidden, layout, pool)

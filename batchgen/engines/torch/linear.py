@@ -1,10 +1,10 @@
 """Matrix products with a weight, by the fastest exact way that the machine has.
 
-A CPU without bfloat16 instructions computes bfloat16 products in scalar code. The same product, accumulated in float32
-and rounded once, is had from FBGEMM's packed float16 weights (pytorch/FBGEMM, FbgemmFP16.h): a bfloat16 number has
-fewer digits than a float16, so packing is exact from 2^-14 to 65504 in magnitude, and off by at most 2^-25 below. It
-reads two bytes a weight; on an AVX2 machine most products took a half to an eighth of float32's time with up to 8 rows,
-and about two thirds of it with 64.
+A CPU without bfloat16 instructions computes bfloat16 in scalar code. There a bfloat16 model keeps its weights rounded
+to it, and activations, keys and values are float32. Weights are still read as two bytes: FBGEMM packs them as float16
+(pytorch/FBGEMM, FbgemmFP16.h), and since a bfloat16 number has fewer digits, packing is exact from 2^-14 to 65504 in
+magnitude, and off by at most 2^-25 below. On an AVX2 machine the products of a small model took a third of float32's
+time with 1 row, and about three quarters of it with 64, where oneDNN's packed float32 took as long.
 """
 
 from __future__ import annotations
@@ -17,37 +17,42 @@ from batchgen.engines import native_bfloat16
 FLOAT16_MAX = 65504.0
 
 
-class Weight:
-    """A weight matrix [out, in] with its optional bias; call it with activations [..., in] of the same dtype."""
+def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What activations, keys and values of a model with weights of `dtype` are computed in on `device`."""
+    slow = dtype is torch.bfloat16 and device.type == "cpu" and not native_bfloat16()
+    return torch.float32 if slow else dtype
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        self._weight: torch.Tensor | None = weight
+
+class Weight:
+    """A weight matrix [out, in] with its optional bias; call it with activations [..., in] of the same dtype.
+
+    `two_bytes` says that the weight holds numbers of a two-byte dtype, whatever its own: float32 is then packed.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, two_bytes: bool = False) -> None:
         self._bias = bias
         self._packed: torch.ScriptObject | None = None
-        self._wide: torch.Tensor | None = None
-        if weight.dtype is not torch.bfloat16 or weight.device.type != "cpu" or native_bfloat16():
-            return
-        wide = weight.float()
-        wide_bias = None if bias is None else bias.float()
-        if "fbgemm" in torch.backends.quantized.supported_engines and float(wide.abs().max()) <= FLOAT16_MAX:
-            self._packed = torch.ops.quantized.linear_prepack_fp16(wide, wide_bias)
-        else:
-            self._wide, self._bias = wide, wide_bias
-        self._weight = None  # one copy is enough
+        self._weight: torch.Tensor | None = weight
+        if (
+            two_bytes
+            and weight.dtype is torch.float32
+            and "fbgemm" in torch.backends.quantized.supported_engines
+            and float(weight.abs().max()) <= FLOAT16_MAX
+        ):
+            self._packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
+            self._weight = None  # one copy is enough
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """The product [..., out], in the dtype of `x`."""
-        if self._packed is not None:
-            y: torch.Tensor = torch.ops.quantized.linear_dynamic_fp16(x.float(), self._packed)
-            return y.to(x.dtype)
-        if self._wide is not None:
-            return linear(x.float(), self._wide, self._bias).to(x.dtype)
-        assert self._weight is not None
+        if self._weight is None:
+            y: torch.Tensor = torch.ops.quantized.linear_dynamic_fp16(x, self._packed)
+            return y
         return linear(x, self._weight, self._bias)
 
 
-def use_weights(model: torch.nn.Module) -> None:
+def use_weights(model: torch.nn.Module, *, two_bytes: bool) -> None:
     """Let every linear layer of `model` compute through `Weight`, in place."""
     for module in model.modules():
         if type(module) is torch.nn.Linear:  # a subclass has weights of its own kind
-            module.forward = Weight(module.weight.detach(), module.bias).__call__  # type: ignore[method-assign, assignment]
+            weight = Weight(module.weight.detach(), module.bias, two_bytes=two_bytes)
+            module.forward = weight.__call__  # type: ignore[method-assign, assignment]

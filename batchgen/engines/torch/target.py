@@ -17,8 +17,8 @@ from transformers.cache_utils import Cache
 from transformers.utils.logging import disable_progress_bar
 
 from batchgen.engines.torch.decoder import Decoder
-from batchgen.engines.torch.kvcache import Layout, Pool, Tile, out_of_memory
-from batchgen.engines.torch.linear import Weight, use_weights
+from batchgen.engines.torch.kvcache import Heads, Layout, Pool, Tile, out_of_memory
+from batchgen.engines.torch.linear import Weight, compute_dtype, use_weights
 from batchgen.errors import ModelError
 from batchgen_kernels.tree_attention import Span, tree_attention
 
@@ -90,11 +90,11 @@ class Target:
         model: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation=_ATTENTION, trust_remote_code=False
         )
-        model.to(device).eval()
+        self.weights_dtype, self.dtype, self.device = dtype, compute_dtype(dtype, device), device
+        model.to(device, self.dtype).eval()
         self.config = model.config
-        self.dtype, self.device = dtype, device
         self._theirs = model.get_decoder()
-        self.lm_head = Weight(*_weight_and_bias(model.get_output_embeddings()))
+        self.lm_head = Weight(*_weight_and_bias(model.get_output_embeddings()), two_bytes=self.two_bytes)
         self.embedding: torch.Tensor = model.get_input_embeddings().weight.detach()
         self.num_layers = int(config.num_hidden_layers)
         self._heads = int(config.num_attention_heads)
@@ -106,6 +106,11 @@ class Target:
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._ours: Decoder | None = None
         self._choose(model, path)
+
+    @property
+    def two_bytes(self) -> bool:
+        """Whether weights, whatever dtype they are in, hold numbers of a two-byte one."""
+        return self.weights_dtype.itemsize == 2
 
     def _choose(self, model: Any, path: Path) -> None:
         """Run on our layers if they give the model's own logits, else on transformers' if those do.
@@ -121,7 +126,7 @@ class Target:
         except _CANNOT_RUN as error:
             raise self._refused(model, path, _first_line(error)) from error
         try:
-            self._ours = Decoder(self._theirs, self._heads, self._heads // self._group)
+            self._ours = Decoder(self._theirs, self._heads, self._heads // self._group, two_bytes=self.two_bytes)
             if self._differs(own) is None:
                 self._theirs = None  # its weights live on in ours
                 return
@@ -129,7 +134,7 @@ class Target:
             if out_of_memory(error):
                 raise
         self._ours = None
-        use_weights(self._theirs)
+        use_weights(self._theirs, two_bytes=self.two_bytes)
         try:
             problem = self._differs(own)
         except _CANNOT_RUN as error:
@@ -159,7 +164,8 @@ class Target:
 
     def layout(self, tiles: list[Tile], spans: list[Span]) -> Layout:
         """Lay out a pass for this model."""
-        return Layout.of(tiles, spans, group=self._group, dtype=self.dtype, device=self.device)
+        heads = Heads(self._heads, self._heads // self._group, self.dtype, self.device)
+        return Layout.of(tiles, spans, heads)
 
     def capture(self, layers: Sequence[int]) -> None:
         """From now on `forward` also returns the residual stream after exactly these decoder layers."""

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from batchgen_kernels.gumbel import gumbel_noise
+from batchgen_kernels.gumbel import position_words
+from batchgen_kernels.sample import gumbel_argmax
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -45,48 +46,102 @@ def noise_key(seed: int, row_id: str, sample: int) -> int:
     return int.from_bytes(digest, "little")
 
 
-def processed_logits(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and float32 log-weights (unnormalised) that survive temperature, top-k and top-p, in this order.
+def thresholds(scaled: torch.Tensor, samplings: Sequence[Sampling]) -> torch.Tensor:
+    """The least of each row of `scaled`, logits / temperature float32 [N, V], that survives top-k and top-p; [N].
 
-    `logits` is one row [V]. Tokens that tie with the last survivor survive too, so that the set does not depend on the
-    order of equal logits. top-p is taken of the distribution that top-k left, as in vLLM and transformers.
+    -inf where all do. Tokens that tie with the last survivor survive too, so that the set does not depend on the order
+    of equal logits. top-p is taken of the distribution that top-k left, as in vLLM and transformers.
     """
-    scaled = logits.float() / sampling.temperature
-    ids = torch.arange(scaled.shape[0], device=scaled.device)
-    if sampling.top_k is not None and sampling.top_k < scaled.shape[0]:
-        ids = (scaled >= scaled.topk(sampling.top_k).values[-1]).nonzero()[:, 0]
-        scaled = scaled[ids]
-    if sampling.top_p < 1.0:
-        p = torch.softmax(scaled, 0)
-        best = p.topk(min(_NUCLEUS_GUESS, p.shape[0])).values
-        if float(best.sum()) < sampling.top_p:
-            best = p.sort(descending=True).values
-        inside = int((best.cumsum(0) - best < sampling.top_p).sum())
-        keep = p >= best[inside - 1]
-        ids, scaled = ids[keep], scaled[keep]
-    return ids, scaled
+    vocab = scaled.shape[1]
+    least = scaled.new_full((len(scaled),), float("-inf"))
+    ks = [min(s.top_k or vocab, vocab) for s in samplings]
+    limited = [n for n, s in enumerate(samplings) if ks[n] < vocab or s.top_p < 1.0]
+    if limited:
+        at = torch.tensor(limited, device=scaled.device)
+        k = torch.tensor([ks[n] for n in limited], device=scaled.device)[:, None]
+        p = torch.tensor([samplings[n].top_p for n in limited], device=scaled.device)[:, None]
+        # A GPU sorts everything sooner than it can be asked whether a part was enough.
+        largest = max((ks[n] for n in limited if ks[n] < vocab), default=0)
+        guess = vocab if scaled.is_cuda else min(vocab, max(_NUCLEUS_GUESS, largest))
+        least[at] = _least_survivor(scaled[at], k, p, guess)
+    return least
 
 
-def draw(
-    logits: torch.Tensor, draws: Sequence[Draw], asked: Sequence[Sequence[int]] | None = None
-) -> tuple[list[int], list[list[float]]]:
-    """One token per row of `logits` [R, V], and the probability that it had been each of the tokens `asked` about."""
+def _least_survivor(scaled: torch.Tensor, k: torch.Tensor, p: torch.Tensor, guess: int) -> torch.Tensor:
+    vocab = scaled.shape[1]
+    falling = scaled.topk(guess).values
+    kth = torch.where(k < vocab, falling.gather(1, (k - 1).clamp(max=guess - 1)), float("-inf"))
+    total = torch.where(scaled >= kth, scaled, float("-inf")).logsumexp(1, keepdim=True)
+    chance = torch.where(falling >= kth, (falling - total).exp(), 0.0)
+    inside = ((chance.cumsum(1) - chance < p) & (chance > 0)).sum(1, keepdim=True)
+    least = torch.where(p < 1.0, falling.gather(1, inside - 1), kth)[:, 0]
+    if guess < vocab:
+        short = ((chance.sum(1, keepdim=True) < p) & (p < 1.0))[:, 0].nonzero()[:, 0]
+        if len(short):
+            least[short] = _least_survivor(scaled[short], k[short], p[short], vocab)
+    return least
+
+
+class Sampled:
+    """What the target samples after each node of a pass, of `logits` [N, V]; `draws[n]` says how.
+
+    On a GPU everything is drawn at once, and the GPU waited for once. On a CPU noise costs more than waiting: rows with
+    a temperature are drawn only where asked.
+    """
+
+    def __init__(self, logits: torch.Tensor, draws: Sequence[Draw]) -> None:
+        self._logits, self._draws = logits, draws
+        if logits.is_cuda:
+            self._tokens = draw(logits, draws)
+            self._missing: set[int] = set()
+        else:
+            self._tokens = logits.argmax(-1).tolist()
+            self._missing = {n for n, each in enumerate(draws) if each.sampling.temperature > 0.0}
+
+    def tokens(self, nodes: Sequence[int]) -> list[int]:
+        """The tokens after `nodes`."""
+        missing = [n for n in nodes if n in self._missing]
+        if missing:
+            found = draw(self._logits[missing], [self._draws[n] for n in missing])
+            for n, token in zip(missing, found, strict=True):
+                self._tokens[n] = token
+            self._missing.difference_update(missing)
+        return [self._tokens[n] for n in nodes]
+
+    def chances(self, asked: Sequence[tuple[int, int]]) -> list[float]:
+        """For each (node, token), how likely the target was to follow the node with it.
+
+        Of greedy rows, and on a GPU of all, whether it did: a second wait would cost more than the certainty is worth.
+        """
+        chances = [float(self._tokens[node] == token) for node, token in asked]
+        warm = [i for i, (node, _) in enumerate(asked) if self._draws[node].sampling.temperature > 0.0]
+        if warm and not self._logits.is_cuda:
+            nodes = sorted({asked[i][0] for i in warm})
+            samplings = [self._draws[n].sampling for n in nodes]
+            scaled = self._logits[nodes].float() / torch.tensor([[s.temperature] for s in samplings])
+            scaled = torch.where(scaled >= thresholds(scaled, samplings)[:, None], scaled, float("-inf"))
+            at = torch.tensor([nodes.index(asked[i][0]) for i in warm])
+            logp = scaled[at, [asked[i][1] for i in warm]] - scaled.logsumexp(1)[at]
+            for i, chance in zip(warm, logp.exp().tolist(), strict=True):
+                chances[i] = chance
+        return chances
+
+
+def draw(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
+    """One token per row of `logits` [N, V]."""
     if not draws:
-        return [], []
-    tokens: list[int] = logits.argmax(-1).tolist()
-    chances = [
-        [float(token == t) for t in some] for token, some in zip(tokens, asked or [[]] * len(draws), strict=True)
-    ]
-    for i, (sampling, key, position) in enumerate(draws):
-        if sampling.temperature > 0.0:
-            ids, weights = processed_logits(logits[i], sampling)
-            tokens[i] = int(ids[(weights + gumbel_noise(key, position, ids)).argmax()])
-            if chances[i]:
-                assert asked is not None
-                wanted = torch.tensor(asked[i], device=ids.device)
-                p = torch.softmax(weights, 0)
-                chances[i] = ((ids == wanted[:, None]) * p).sum(-1).tolist()
-    return tokens, chances
+        return []
+    device = logits.device
+    words = torch.tensor([position_words(each.key, each.position) for each in draws], device=device)
+    temperature = torch.tensor([each.sampling.temperature for each in draws], dtype=torch.float32, device=device)
+    least = torch.full_like(temperature, float("-inf"))
+    warm = [n for n, each in enumerate(draws) if each.sampling.temperature > 0.0]
+    if warm:
+        scaled = logits[warm].float() / temperature[warm, None]
+        least[warm] = thresholds(scaled, [draws[n].sampling for n in warm])
+    first, second = words.t().contiguous()
+    tokens: list[int] = gumbel_argmax(logits, temperature, least, first, second).tolist()
+    return tokens
 
 
 def walk(trees: Sequence[RowTree], pick: Callable[[list[int], list[int]], list[int]]) -> list[Walk]:

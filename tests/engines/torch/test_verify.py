@@ -106,7 +106,7 @@ def test_sampled_trees_follow_the_targets_distribution(seed, sampling):
 
     def draws(rows_asked: list[int], at: list[int], ahead: list[int]) -> list[int]:
         wanted = [verify.Draw(sampling, keys[r], a) for r, a in zip(rows_asked, ahead, strict=True)]
-        return verify.draw(table[torch.tensor(at)], wanted)[0]
+        return verify.draw(table[torch.tensor(at)], wanted)
 
     walks = verify.walk(
         [tree] * rows,
@@ -168,8 +168,8 @@ def test_noise_is_finite_and_a_function_of_its_key_alone(key, position, tokens):
 def test_survivors_are_the_smallest_likeliest_set(logits, temperature, top_k, top_p):
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     row = torch.tensor(logits)
-    ids, weights = verify.processed_logits(row, sampling)
-    assert torch.allclose(weights, row[ids] / temperature)
+    scaled = row[None] / temperature
+    ids = (scaled[0] >= verify.thresholds(scaled, [sampling])).nonzero()[:, 0]
     outside = [i for i in range(len(logits)) if i not in ids.tolist()]
     assert not outside or row[outside].max() < row[ids].min(), "no survivor is less likely than one that fell"
     whole = torch.softmax(torch.sort(row.double() / temperature, descending=True).values[:top_k], 0)
@@ -188,12 +188,13 @@ def test_survivors_are_the_smallest_likeliest_set(logits, temperature, top_k, to
 def test_temperature_zero_is_the_argmax():
     logits = torch.randn(50, 100, generator=torch.Generator().manual_seed(0))
     draws = [verify.Draw(Sampling(), verify.noise_key(0, str(i), 0), 0) for i in range(50)]
-    assert verify.draw(logits, draws)[0] == logits.argmax(-1).tolist()
+    assert verify.draw(logits, draws) == logits.argmax(-1).tolist()
 
 
 def test_a_flat_distribution_keeps_more_than_the_first_guess():
     logits = torch.zeros(5000).index_fill_(0, torch.arange(0, 5000, 2), 0.1)
-    ids, _ = verify.processed_logits(logits, Sampling(temperature=1.0, top_p=0.5))
+    least = verify.thresholds(logits[None], [Sampling(temperature=1.0, top_p=0.5)])
+    ids = (logits >= least).nonzero()[:, 0]
     p = torch.softmax(logits.double(), 0)
     assert (ids % 2 == 0).all()
     assert len(ids) == 2500
