@@ -94,7 +94,9 @@ def build(
     if tree == "auto":
         key = (provenance.machine(on.type), target.identity, draft.identity, dtype(spec), str(spec.batch_size))
         passes = _costs(costs, "|".join((*key, *provenance.versions().values())), model, head, spec.batch_size)
-        return TorchEngine(model, head, decode=decode, batch_size=spec.batch_size, width=AutoTree(passes))
+        return TorchEngine(
+            model, head, decode=decode, batch_size=spec.batch_size, width=AutoTree(passes, model.graphs.sizes)
+        )
     shape = Shape(tree.depth, tree.width, tree.nodes)
     return TorchEngine(model, head, decode=decode, batch_size=spec.batch_size, width=shape)
 

@@ -158,7 +158,8 @@ def main() -> None:
     options.add_argument("--others-dtype", help="where theirs is another: vLLM crawls in bfloat16 on CPUs without it")
     options.add_argument("--device", default="cpu")
     options.add_argument("--rows", type=int, default=64)
-    options.add_argument("--max-tokens", type=int, default=96)
+    options.add_argument("--prompt-tokens", type=int, default=64, help="of each prompt the last so many")
+    options.add_argument("--max-tokens", type=int, default=128)
     options.add_argument("--turns", type=int, default=3, help="turns of each engine, of which the median counts")
     options.add_argument("--model", help="a checkpoint folder; the demo model if not given")
     options.add_argument("--serve", help=argparse.SUPPRESS)
@@ -176,7 +177,7 @@ def main() -> None:
 
     args.model = args.model or str(models.fetch("demo:smollm2-135m").path)
     prompts = mixed_prompts(AutoTokenizer.from_pretrained(args.model))
-    prompts = [prompts[i % len(prompts)] for i in range(args.rows)]
+    prompts = [prompts[i % len(prompts)][-args.prompt_tokens :] for i in range(args.rows)]
     pythons = {"plain": sys.executable, "transformers": sys.executable, "vllm": args.vllm_python}
     names = ["plain", *args.engines.split(",")]
     engines = {name: Served("torch" if name == "plain" else name, pythons[name], args) for name in names}

@@ -84,6 +84,7 @@ class Draft:
         self._lm_head = product("", "lm_head") if "lm_head.weight" in w else target.lm_head
         self._target_ids = None if head.target_ids is None else head.target_ids.to(self.device)
         target.capture(self.config.aux_layers)
+        self._graphs = target.graphs
 
     def pool(self) -> Pool:
         """An empty KV pool for the head's layers."""
@@ -126,6 +127,31 @@ class Draft:
             x, residual = after(attention(x, rotary, layout, pool, i), y)
             y = residual + mlp(x)
         return self._final_norm(y)[0] if self.config.norm_output else y
+
+    def extend(self, token_ids: torch.Tensor, features: torch.Tensor, layout: Layout, pool: Pool) -> torch.Tensor:
+        """`forward` over target features; another call may overwrite its output."""
+
+        def run(layout: Layout, token_ids: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+            return (self.forward(token_ids, hidden, layout, pool),)
+
+        [out] = self._graphs.run("extend", run, pool, layout, token_ids, features)
+        assert out is not None
+        return out
+
+    def level(
+        self, token_ids: torch.Tensor, hidden: torch.Tensor, layout: Layout, pool: Pool, width: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`forward` over the nodes of a tree level, and `top` of its output; another call may overwrite them."""
+
+        def run(layout: Layout, token_ids: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+            out = self.forward(token_ids, hidden, layout, pool)
+            return out, *self.top(out, width)
+
+        out, logp, children = self._graphs.run(f"level {width}", run, pool, layout, token_ids, hidden)
+        assert out is not None
+        assert logp is not None
+        assert children is not None
+        return out, logp, children
 
     @torch.no_grad()
     def top(self, state: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

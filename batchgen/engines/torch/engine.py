@@ -11,10 +11,11 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from batchgen.engines.torch import forest, verify
-from batchgen.engines.torch.kvcache import Tile, free_bytes, out_of_memory
+from batchgen.engines.torch.kvcache import Tile, free_bytes, out_of_memory, upload
 from batchgen.engines.torch.rows import Row
 from batchgen.engines.torch.width import Drafted, FixedTree, Step
 from batchgen_kernels.tree_attention import MAX_NODES, Span
@@ -209,6 +210,7 @@ class TorchEngine:
         self._pool = self._target.pool()
         if self._draft is not None:
             self._draft_pool = self._draft.pool()
+        self._target.graphs.clear()
         if self._target.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -230,13 +232,15 @@ class TorchEngine:
         spans = self._chunk(num_nodes)
         for span in spans:
             token_ids += self._rows[span.slot].tokens[span.prefix : span.prefix + span.stop - span.start]
-        final, captured = self._target.forward(self._ids(token_ids), self._target.layout(tiles, spans), self._pool)
         # A prompt that was read to its end gives its row's first token; a row that resumes has it already.
         ends = [s for s in spans if self._rows[s.slot].unread == s.stop - s.start and not self._rows[s.slot].num_output]
-        last = final if not spans else final[self._ids([*range(num_nodes), *(span.stop - 1 for span in ends)])]
+        # Of prompts only the last token's logits are of use.
+        asked = self._ids([*range(num_nodes), *(span.stop - 1 for span in ends)]) if spans else None
+        layout = self._target.layout(tiles, spans)
+        final, captured, logits = self._target.verify(self._ids(token_ids), layout, self._pool, asked)
         draws = [row.next_draw(depth) for row, tree in zip(rows, trees, strict=True) for depth in tree.depths]
         draws += [self._rows[span.slot].next_draw() for span in ends]
-        sampled = verify.Sampled(self._target.logits(last), draws)
+        sampled = verify.Sampled(logits, draws)
         judged = time.perf_counter()
 
         def pick(alive: list[int], nodes: list[int]) -> list[int]:
@@ -274,8 +278,8 @@ class TorchEngine:
             return None, forest.root_only(roots)
         state = self._catch_up(self._draft, self._draft_pool, slots)
         lengths = [row.draft_len for row in rows]
-        candidates = forest.grow(self._draft, self._draft_pool, slots, state, lengths, shape)
-        kept = self._width.keep(candidates, self._ids(caps), shape, context)
+        candidates = forest.grow(self._draft, self._draft_pool, slots, state, lengths, shape).on_host()
+        kept = self._width.keep(candidates, torch.tensor(caps), shape, context)
         return Drafted(shape, pending, candidates), forest.trees(candidates, kept, roots)
 
     def _catch_up(self, draft: Draft, pool: Pool, slots: list[int], hold_back: int = 0) -> torch.Tensor:
@@ -314,7 +318,7 @@ class TorchEngine:
             next_tokens += row.tokens[begin + 1 : begin + 1 + num]
             features.append(row.take_pending(num))
             last.append(len(next_tokens) - 1)
-        out = draft.forward(self._ids(next_tokens), torch.cat(features), draft.layout(tiles, spans), pool)
+        out = draft.extend(self._ids(next_tokens), torch.cat(features), draft.layout(tiles, spans), pool)
         return out[self._ids(last)]
 
     def _bound_pending(self) -> None:
@@ -387,7 +391,7 @@ class TorchEngine:
         return [row.completion(self._target.eos_token_ids, self._decode) for row in rows]
 
     def _ids(self, values: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._target.device)
+        return upload(np.array(values, np.int64), self._target.device)
 
 
 def _reached(

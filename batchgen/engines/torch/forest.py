@@ -13,9 +13,10 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
-from batchgen.engines.torch.kvcache import Layout, Pool
+from batchgen.engines.torch.kvcache import Layout, Pool, upload
 from batchgen_kernels.tree_attention import MAX_NODES
 
 if TYPE_CHECKING:
@@ -76,6 +77,15 @@ class Candidates:
     parent: torch.Tensor
     depth: torch.Tensor
 
+    def on_host(self) -> Candidates:
+        """The same on the CPU, in one transfer."""
+        if self.token.device.type == "cpu":
+            return self
+        fields = [getattr(self, name) for name in Candidates.__slots__]
+        # float64 holds token ids, and whatever else there is, exactly.
+        there = torch.stack([field.double() for field in fields]).cpu()
+        return Candidates(*(each.to(field.dtype) for each, field in zip(there, fields, strict=True)))
+
 
 def root_only(tokens: Sequence[int]) -> list[RowTree]:
     """Trees without draft nodes: one plain decoding step per row."""
@@ -91,7 +101,7 @@ def grow(
     state `state[b]`.
     """
     num_rows, width = len(slots), shape.width
-    slot_R, prefix_R = (torch.tensor(each, device=state.device) for each in (slots, context))
+    slot_R, prefix_R = (upload(np.array(each, np.int64), state.device) for each in (slots, context))
     rank = torch.arange(width, device=state.device)
     score, token = draft.top(state, width)
     parent = torch.full_like(token, -1)
@@ -104,8 +114,9 @@ def grow(
         layout = Layout.even(slot_R, prefix_R, bits, (level - 1) * width, level - 1, draft.heads)
         # Of one row, the reshaped expansion would still be a view of stride 0, which kernels refuse.
         hidden = parent_state.reshape(num_rows * width, -1).contiguous()
-        out = draft.forward(token.reshape(-1), hidden, layout, pool)
-        logp, children = (t.view(num_rows, width * width) for t in draft.top(out, width))
+        out, *top = draft.level(token.reshape(-1), hidden, layout, pool, width)
+        # Copies: the next level writes its own to the same place.
+        logp, children = (t.reshape(num_rows, width * width).clone() for t in top)
         child_score = score.repeat_interleave(width, 1) + logp
         child_rank = rank.repeat(width).expand(num_rows, -1)
         depth = torch.full_like(children, level + 1)

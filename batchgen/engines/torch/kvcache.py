@@ -29,6 +29,8 @@ from batchgen_kernels.tree_attention import (
 
 # Slots that SDPA reads together. With 64 rows of 60 to 320 tokens blocks of 8 read three quarters of what one does.
 BLOCK_SLOTS = 8
+# Packed tokens, and tiles, that captured passes are padded to.
+SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 
 
 class Pool:
@@ -144,8 +146,8 @@ class Layout:
             # Bit 63 is the sign bit of int64: the value wraps, the shift in `tile_mask` reads it back.
             bits[at] = np.array(tile.bits, np.uint64).view(np.int64)
         rows = np.array([(t.slot, t.start, len(t.bits), t.prefix) for t in tiles], np.int64).reshape(-1, 4)
-        columns = _Rows(*(torch.from_numpy(column).to(heads.device) for column in np.ascontiguousarray(rows.T)))
-        tokens = _Tokens(*(torch.from_numpy(each).to(heads.device) for each in (position, slot, pool_position, bits)))
+        columns = _Rows(*(upload(column, heads.device) for column in np.ascontiguousarray(rows.T)))
+        tokens = _Tokens(*(upload(each, heads.device) for each in (position, slot, pool_position, bits)))
         seen = _seen(columns, tokens, max((len(t.bits) for t in tiles), default=0), heads)
         masked = [(span, span_mask(span, heads.dtype, heads.device, heads.window)) for span in spans]
         return Layout(tokens.position, tokens.slot, tokens.pool_position, seen, masked)
@@ -165,7 +167,7 @@ class Layout:
         pool_position_N = (prefix_R[:, None] + column + within).view(-1)
         start_R = width * torch.arange(num_rows, device=bits_RT.device)
         rows = _Rows(slot_R, start_R, torch.full_like(start_R, width), prefix_R)
-        tokens = _Tokens(position_N, slot_R.repeat_interleave(width), pool_position_N, bits_RT.reshape(-1))
+        tokens = _Tokens(position_N, slot_R.repeat_interleave(width), pool_position_N, bits_RT.reshape(-1).contiguous())
         return Layout(tokens.position, tokens.slot, tokens.pool_position, _seen(rows, tokens, width, heads), [])
 
 
@@ -190,7 +192,7 @@ def _seen(rows: _Rows, tokens: _Tokens, width: int, heads: Heads) -> Padded | Ra
     if not on_triton(torch.empty(0, dtype=heads.dtype, device=heads.device)):
         return _pad(rows, tokens, heads)
     num_sms = torch.cuda.get_device_properties(heads.device).multi_processor_count if heads.device.type == "cuda" else 1
-    splits = num_splits(len(rows.slot), heads.num_kv_heads, num_sms)
+    splits = num_splits(padded_size(len(rows.slot)), heads.num_kv_heads, num_sms)
     max_count = next(count for count in MAX_COUNTS if count >= width)
     return Ragged(*rows, tokens.bits, tokens.position, max_count, splits, heads.window)
 
@@ -236,6 +238,17 @@ def _pad(rows: _Rows, tokens: _Tokens, heads: Heads) -> Padded:
     return Padded(
         blocks, None if in_place else torch.from_numpy(token_P), torch.from_numpy(flat), torch.from_numpy(packed)
     )
+
+
+def padded_size(num: int) -> int:
+    """The least of `SIZES` that holds `num`, or `num` itself."""
+    return next((size for size in SIZES if size >= num), num)
+
+
+def upload(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """`values` on `device`; the host goes on before they are there."""
+    host = torch.from_numpy(values)
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -39,23 +39,24 @@ def measure(target: Target, draft: Draft, batch_size: int) -> Costs:
 
     def verify(tokens: int, context: int) -> None:
         ids = torch.arange(tokens, device=target.device)
-        final, captured = target.forward(ids, _layout(target.layout, tokens, batch_size, context), pool)
-        target.logits(final).argmax(-1).tolist()
+        layout = _layout(target.layout, tokens, batch_size, context)
+        final, captured, logits = target.verify(ids, layout, pool)
+        logits.argmax(-1).tolist()
         draft.fuse(final, captured)
 
     def level(tokens: int, context: int) -> None:
-        state = _draft_pass(tokens, context)
-        draft.top(state, 2)[1].tolist()
+        ids, state, layout = drafted(tokens, context)
+        draft.level(ids, state, layout, draft_pool, 2)[2].tolist()
 
     def extend(tokens: int, context: int) -> None:
-        state = _draft_pass(tokens, context)
-        draft.top(state[: min(tokens, batch_size)], 2)[1].tolist()
+        ids, state, layout = drafted(tokens, context)
+        out = draft.extend(ids, state, layout, draft_pool)
+        draft.top(out[: min(tokens, batch_size)], 2)[1].tolist()
 
-    def _draft_pass(tokens: int, context: int) -> torch.Tensor:
+    def drafted(tokens: int, context: int) -> tuple[torch.Tensor, torch.Tensor, Layout]:
         ids = torch.arange(tokens, device=target.device)
-        width = draft.config.layer.hidden_size
-        layout = _layout(draft.layout, tokens, batch_size, context)
-        return draft.forward(ids, hidden.new_zeros(tokens, width), layout, draft_pool)
+        state = hidden.new_zeros(tokens, draft.config.layer.hidden_size)
+        return ids, state, _layout(draft.layout, tokens, batch_size, context)
 
     def table(run: Callable[[int, int], None]) -> Table:
         seconds = [_seconds(run, n, _SHORT) for n in grid]

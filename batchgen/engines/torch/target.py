@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 from transformers.utils.logging import disable_progress_bar
 
 from batchgen.engines.torch.decoder import Decoder
+from batchgen.engines.torch.graphs import Graphs, cuda_graph
 from batchgen.engines.torch.kvcache import Heads, Layout, Pool, Tile, out_of_memory
 from batchgen.engines.torch.linear import Weight, compute_dtype, use_weights
 from batchgen.errors import ModelError
@@ -105,6 +106,7 @@ class Target:
         self._captured: dict[int, torch.Tensor] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._ours: Decoder | None = None
+        self.graphs = Graphs(None)
         self._choose(model, path)
 
     @property
@@ -129,6 +131,8 @@ class Target:
             self._ours = Decoder(self._theirs, self._heads, self._heads // self._group, two_bytes=self.two_bytes)
             if self._differs(own) is None:
                 self._theirs = None  # its weights live on in ours
+                if self.device.type == "cuda":
+                    self.graphs = Graphs(cuda_graph())
                 return
         except _CANNOT_RUN as error:
             if out_of_memory(error):
@@ -170,6 +174,7 @@ class Target:
     def capture(self, layers: Sequence[int]) -> None:
         """From now on `forward` also returns the residual stream after exactly these decoder layers."""
         self._capture = tuple(sorted(set(layers)))
+        self.graphs.clear()
         if self._theirs is None:
             return
         for hook in self._hooks:
@@ -200,6 +205,26 @@ class Target:
         captured = [self._captured[layer] for layer in sorted(self._captured)]
         self._captured.clear()
         return out.last_hidden_state[0], torch.cat(captured, -1) if captured else None
+
+    def verify(
+        self, token_ids: torch.Tensor, layout: Layout, pool: Pool, asked: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """What `forward` returns, and the next-token logits of the packed tokens `asked` about, or of all.
+
+        Another call may overwrite them.
+        """
+        if asked is not None:
+            final, captured = self.forward(token_ids, layout, pool)
+            return final, captured, self.logits(final[asked])
+
+        def run(layout: Layout, token_ids: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+            final, captured = self.forward(token_ids, layout, pool)
+            return final, captured, self.logits(final)
+
+        hidden, features, logits = self.graphs.run("verify", run, pool, layout, token_ids)
+        assert hidden is not None
+        assert logits is not None
+        return hidden, features, logits
 
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 
+from batchgen.engines.torch.kvcache import upload
 from batchgen_kernels.gumbel import position_words
 from batchgen_kernels.sample import gumbel_argmax
 
@@ -132,15 +134,14 @@ def draw(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
     if not draws:
         return []
     device = logits.device
-    words = torch.tensor([position_words(each.key, each.position) for each in draws], device=device)
-    temperature = torch.tensor([each.sampling.temperature for each in draws], dtype=torch.float32, device=device)
+    words = upload(np.array([position_words(each.key, each.position) for each in draws], np.int64).T.copy(), device)
+    temperature = upload(np.array([each.sampling.temperature for each in draws], np.float32), device)
     least = torch.full_like(temperature, float("-inf"))
     warm = [n for n, each in enumerate(draws) if each.sampling.temperature > 0.0]
     if warm:
         scaled = logits[warm].float() / temperature[warm, None]
         least[warm] = thresholds(scaled, [draws[n].sampling for n in warm])
-    first, second = words.t().contiguous()
-    tokens: list[int] = gumbel_argmax(logits, temperature, least, first, second).tolist()
+    tokens: list[int] = gumbel_argmax(logits, temperature, least, *words).tolist()
     return tokens
 
 

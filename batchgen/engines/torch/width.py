@@ -96,10 +96,14 @@ class FixedTree:
 
 
 class AutoTree:
-    """The tree that pays: one budget over all rows, set anew in every step from measured costs."""
+    """The tree that pays: one budget over all rows, set anew in every step from measured costs.
 
-    def __init__(self, costs: Costs) -> None:
+    `sizes` as in `budget.select`.
+    """
+
+    def __init__(self, costs: Costs, sizes: Sequence[int] = ()) -> None:
         self.costs = costs
+        self._sizes = sizes
         self._calibration = Calibration()
         self._schedule = Schedule(costs)
         self._throughput = Throughput()
@@ -138,7 +142,7 @@ class AutoTree:
         kept = budget.select(
             path,
             row_caps=torch.full_like(depth_caps, shape.nodes) if path.shape[1] > shape.nodes else None,
-            sizes=(),
+            sizes=self._sizes,
             cost=lambda nodes: np.asarray(
                 self.costs.step(rows=rows, extend_tokens=rows, level_tokens=levels, nodes=nodes, context=context)
             ),

@@ -148,7 +148,7 @@ def test_out_of_memory_means_smaller_batches_not_a_dead_job(bench, prompts, monk
     forward = engine._target.forward
 
     def small(token_ids, layout, pool):
-        if layout.tiles is not None and len(layout.tiles.token_ST) > 3:
+        if layout.tiles is not None and layout.tiles.blocks[-1].stop > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(token_ids, layout, pool)
 
