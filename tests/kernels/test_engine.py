@@ -102,6 +102,7 @@ def test_kernels_change_no_token(device, checkpoints, plain, width):
     assert width is None or accepted > 0
 
 
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # padding computes on what lay there
 def test_captured_passes_change_no_token(device, checkpoints, plain):
     graphs = Graphs(cuda_graph() if device.type == "cuda" else again)
     tokens, accepted = decode(checkpoints, device, Shape(3, 4, 9), graphs)
