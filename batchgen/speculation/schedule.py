@@ -4,9 +4,12 @@ Now and then a step *explores*: it drafts with the largest shape, and what it fo
 have (`hindsight`). For the rows of the next step the recorded rows stand as a sample, which gives the tokens expected
 of any number of verified nodes; the costs of passes give the seconds.
 
-Shapes are compared as if they went on forever: the head then catches up on what a step of that shape keeps. After plain
-steps far more may be pending, and a step that looked only at itself would never draft again. That debt is paid
-once, so a shape bears a share of it, as if it were repaid over `REPAY_STEPS` steps.
+Shapes are compared by tokens per second, as if they went on forever: the head then catches up on what a step of that
+shape keeps. After plain steps far more may be pending, and a step that looked only at itself would never draft again.
+That debt is paid once, so a shape bears a share of it, as if it were repaid over `REPAY_STEPS` steps.
+
+Drafting must promise a little more than a plain step: what a plain step gives is known, and the best of many forecasts
+is mostly the most mistaken one.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     from batchgen.speculation.costs import Costs
 
 REPAY_STEPS = 64
+# What drafting must promise, as a multiple of plain tokens per second.
+MARGIN = 1.05
 EXPLORE_SHARE = 0.01
 # Steps between two explorations, and between two looks at the same question.
 EXPLORE_STEPS = DECISION_STEPS = 32
@@ -67,16 +72,14 @@ class Schedule:
         self._calls = self._num_recorded = 0
         self._allowance_s, self._since = 0.0, EXPLORE_STEPS
 
-    def next(
-        self, *, rows: int, context: int, extend_tokens: int, throughput: float | None, max_depth: int
-    ) -> tuple[Draft, bool]:
+    def next(self, *, rows: int, context: int, extend_tokens: int, max_depth: int) -> tuple[Draft, bool]:
         """The shape of this step, and whether it explores: if so, `record` wants what it drafts. Arguments of `choose`.
 
         The first `FIRST_STEPS` explore, and more until `FIRST_ROWS` rows are on record. From then on one may take
         longer than the step that was chosen by at most `EXPLORE_SHARE` of all time since the last one. Its excess is
         predicted from the costs and includes the head's catch-up when drafting is off, so with much pending it waits.
         """
-        chosen = self.choose(rows, context, extend_tokens, throughput, max_depth)
+        chosen = self.choose(rows, context, extend_tokens, max_depth)
         largest = self._largest_within(max_depth)
         self._since += 1
         if largest == PLAIN:
@@ -108,39 +111,35 @@ class Schedule:
         self._decided.clear()
         self._num_recorded += 1
 
-    def choose(self, rows: int, context: int, extend_tokens: int, throughput: float | None, max_depth: int) -> Draft:
-        """The shape to draft: the most expected tokens beyond those that its seconds are worth elsewhere.
+    def choose(self, rows: int, context: int, extend_tokens: int, max_depth: int) -> Draft:
+        """The shape to draft: the most tokens per second, plain where none promises `MARGIN` times as many.
 
         `rows` run with `context` tokens in all; `extend_tokens` are pending for the head; levels below `max_depth`
-        are of no use to any row. `throughput`, in tokens per second, is what a second is worth; without one, the most
-        tokens per second. The largest shape while nothing is recorded. A decision stands for `DECISION_STEPS` calls.
+        are of no use to any row. The largest shape while nothing is recorded. A decision stands for `DECISION_STEPS`
+        calls.
         """
         if not self._seen.num_rows:
             return self._largest_within(max_depth)
         pending = extend_tokens // rows
-        key = _bucket(rows), pending.bit_length(), throughput is None, min(max_depth, self._largest.depth)
+        key = _bucket(rows), pending.bit_length(), min(max_depth, self._largest.depth)
         self._calls += 1
         draft, until = self._decided.get(key, (PLAIN, 0))
         if self._calls >= until:
             shapes = [shape for shape in self._shapes if shape.depth <= max_depth] or [PLAIN]
-            draft = max(shapes, key=lambda shape: self._value(shape, rows, context, extend_tokens, throughput))
+            draft = max(shapes, key=lambda shape: self._worth(shape, rows, context, extend_tokens))
             self._decided[key] = draft, self._calls + DECISION_STEPS
         return draft
 
-    def _value(self, shape: Draft, rows: int, context: int, extend_tokens: int, throughput: float | None) -> float:
-        """The best over the number of verified nodes of `tokens - throughput * seconds`, or of `tokens / seconds`."""
+    def _worth(self, shape: Draft, rows: int, context: int, extend_tokens: int) -> float:
+        """Tokens per second with the best number of verified nodes; a plain step's times `MARGIN`."""
         if shape == PLAIN:
-            nodes, tokens = np.array([rows]), np.array([float(rows)])
-            kept, debt = np.zeros(1), np.zeros(1)
-        else:
-            nodes, tokens = self._seen.tokens(shape.depth, shape.width, rows)
-            kept = tokens
-            debt = np.maximum(self._costs.extend(extend_tokens, context) - self._costs.extend(kept, context), 0.0)
+            seconds = self._costs.step(rows=rows, extend_tokens=0, level_tokens=[], nodes=rows, context=context)
+            return MARGIN * rows / seconds
+        nodes, tokens = self._seen.tokens(shape.depth, shape.width, rows)
+        debt = np.maximum(self._costs.extend(extend_tokens, context) - self._costs.extend(tokens, context), 0.0)
         levels = shape.level_tokens(rows)
-        seconds = self._costs.step(rows=rows, extend_tokens=kept, level_tokens=levels, nodes=nodes, context=context)
-        seconds += debt / REPAY_STEPS
-        value = tokens / seconds if throughput is None else tokens - throughput * seconds
-        return float(value.max())
+        step = self._costs.step(rows=rows, extend_tokens=tokens, level_tokens=levels, nodes=nodes, context=context)
+        return float((tokens / (step + debt / REPAY_STEPS)).max())
 
     def _drafting_s(self, shape: Draft, rows: int, context: int, extend_tokens: int) -> float:
         if shape == PLAIN:

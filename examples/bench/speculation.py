@@ -55,20 +55,14 @@ class Machine:
 
     def engine(self, mode: str, rows: int) -> TorchEngine:
         """A fresh engine that decodes by `mode`."""
-        width: Shape | AutoTree | None = None
-        if mode.startswith("chain-"):
-            width = Shape(int(mode[6:]), 1, int(mode[6:]))
-        elif mode.startswith("tree-"):
-            width = Shape(*map(int, mode[5:].split("x")))
-        elif mode == "auto":
-            width = self.auto(rows)
+        width = self.auto(rows) if mode == "auto" else fixed_shape(mode)
         draft = None if width is None else self.draft
         return TorchEngine(self.target, draft, decode=self.tokenizer.decode, batch_size=rows, width=width)
 
     def auto(self, rows: int) -> AutoTree:
         """What decides for `rows` rows, with what it has learned: a job decodes for hours, a turn for seconds."""
         if rows not in self._auto:
-            self._auto[rows] = AutoTree(measure(self.target, self.draft, rows))
+            self._auto[rows] = AutoTree(measure(self.target, self.draft, rows), self.target.graphs.sizes)
         return self._auto[rows]
 
     def requests(self, count: int, max_tokens: Sequence[int]) -> list[Request]:
@@ -79,6 +73,13 @@ class Machine:
             Request(i, str(i), 0, p, Sampling(max_tokens=n))
             for i, (p, n) in enumerate(zip(prompts, lengths, strict=True))
         ]
+
+
+def fixed_shape(mode: str) -> Shape | None:
+    """The tree of `chain-D` or `tree-DxWxN`; None of other modes."""
+    if mode.startswith("chain-"):
+        return Shape(int(mode[6:]), 1, int(mode[6:]))
+    return Shape(*map(int, mode[5:].split("x"))) if mode.startswith("tree-") else None
 
 
 def mixed_prompts(tokenizer: Any) -> list[list[int]]:

@@ -105,7 +105,7 @@ def test_kernels_change_no_token(device, checkpoints, plain, width):
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # padding computes on what lay there
 def test_captured_passes_change_no_token(device, checkpoints, plain):
     graphs = Graphs(cuda_graph() if device.type == "cuda" else again)
-    tokens, accepted = decode(checkpoints, device, Shape(3, 4, 9), graphs)
+    tokens, accepted = decode(checkpoints, device, Shape(3, 4, 14), graphs)
     assert tokens == plain
     assert accepted > 0
     kinds = {key[0] for key in graphs._graphs}

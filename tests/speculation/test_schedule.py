@@ -16,9 +16,9 @@ from batchgen.speculation.schedule import (
     EXPLORE_SHARE,
     FIRST_ROWS,
     FIRST_STEPS,
+    MARGIN,
     PLAIN,
     REPAY_STEPS,
-    SHAPES,
     Draft,
     Schedule,
     Throughput,
@@ -58,11 +58,11 @@ def costs(draw):
     return Costs(*tables, draw(st.floats(0, 0.05)))
 
 
-def exhaustive(shape, rows, per_token, throughput, draft, context, pending):
+def exhaustive(shape, rows, per_token, draft, context, pending):
     """The best of every number of nodes, by drafting that shape and no more."""
     plain = per_token.verify(rows, context) + per_token.fixed
     if shape == PLAIN:
-        return rows / plain if throughput is None else rows - throughput * plain
+        return MARGIN * rows / plain
     path, _, _, _ = draft(shape)
     best = -np.inf
     falling = sorted(path[path > 0].tolist(), reverse=True)
@@ -73,7 +73,7 @@ def exhaustive(shape, rows, per_token, throughput, draft, context, pending):
             seconds += per_token.level(rows * shape.width, context)
         debt = per_token.extend(pending, context) - per_token.extend(tokens, context)
         seconds += max(debt, 0) / REPAY_STEPS
-        best = max(best, tokens / seconds if throughput is None else tokens - throughput * seconds)
+        best = max(best, tokens / seconds)
     return best
 
 
@@ -82,20 +82,17 @@ def exhaustive(shape, rows, per_token, throughput, draft, context, pending):
     st.integers(0, 1000),
     st.integers(1, 5),
     costs(),
-    st.none() | st.floats(1, 500),
     st.integers(0, 4),
     st.integers(0, 300),
 )
-def test_the_choice_is_that_of_exhaustive_evaluation(seed, rows, per_token, throughput, max_depth, pending):
+def test_the_choice_is_that_of_exhaustive_evaluation(seed, rows, per_token, max_depth, pending):
     schedule = Schedule(per_token, SMALL)
     schedule.record(*pools(seed, rows, 2, 3), 2)
-    chosen = schedule.choose(rows, 1000, pending, throughput, max_depth)
+    chosen = schedule.choose(rows, 1000, pending, max_depth)
     allowed = [shape for shape in SMALL if shape.depth <= max_depth]
     assert chosen in allowed
     values = {
-        shape: exhaustive(
-            shape, rows, per_token, throughput, lambda s: pools(seed, rows, s.width, s.depth), 1000, pending
-        )
+        shape: exhaustive(shape, rows, per_token, lambda s: pools(seed, rows, s.width, s.depth), 1000, pending)
         for shape in allowed
     }
     assert values[chosen] == pytest.approx(max(values.values()), rel=1e-6, abs=1e-9)
@@ -107,47 +104,52 @@ DEAR = Costs(flat(0.01, 0.01), flat(1e-4), flat(1e-4, 1e-6), 0.001)
 
 def test_nothing_known_drafts_the_largest_that_is_of_use():
     schedule = Schedule(CHEAP)
-    assert schedule.choose(4, 100, 4, None, 9) == Draft(6, 4)
-    assert schedule.choose(4, 100, 4, None, 3) == Draft(3, 4)
-    assert schedule.choose(4, 100, 4, None, 0) == PLAIN
+    assert schedule.choose(4, 100, 4, 9) == Draft(6, 4)
+    assert schedule.choose(4, 100, 4, 3) == Draft(3, 4)
+    assert schedule.choose(4, 100, 4, 0) == PLAIN
 
 
 def test_free_drafts_are_large_and_dear_ones_none():
     for per_token, expected in ((CHEAP, 6), (DEAR, 0)):
         schedule = Schedule(per_token)
         schedule.record(*pools(0, 8, 4, 6, kept=0.95), 4)
-        for throughput in (None, 8 / 0.09):
-            assert schedule.choose(8, 100, 8, throughput, 6).depth == expected
+        assert schedule.choose(8, 100, 8, 6).depth == expected
 
 
 def test_decisions_are_kept_until_something_changes():
     schedule = Schedule(CHEAP)
     schedule.record(*pools(0, 8, 4, 6), 4)
-    before = schedule.choose(8, 100, 8, None, 6)
+    before = schedule.choose(8, 100, 8, 6)
     schedule._costs = DEAR
-    assert {schedule.choose(8, 100, 8, None, 6) for _ in range(DECISION_STEPS - 1)} == {before}
-    assert schedule.choose(8, 100, 8, None, 6) == PLAIN
+    assert {schedule.choose(8, 100, 8, 6) for _ in range(DECISION_STEPS - 1)} == {before}
+    assert schedule.choose(8, 100, 8, 6) == PLAIN
     schedule._costs = CHEAP
     schedule.record(*pools(0, 8, 4, 6), 4)
-    assert schedule.choose(8, 100, 8, None, 6) == before
+    assert schedule.choose(8, 100, 8, 6) == before
 
 
 def test_drafting_resumes_when_it_repays_the_catch_up_in_time():
-    """A step of plain decoding gives 8 tokens in 11 ms; drafting gives more, at 1 us a token to catch up."""
-
-    def resumes(pending):
-        schedule = Schedule(CHEAP)
-        schedule.record(*pools(0, 8, 4, 6), 4)
-        return schedule.choose(8, 100, pending, throughput, 6) != PLAIN
-
-    throughput = 8 / 0.011
     schedule = Schedule(CHEAP)
     schedule.record(*pools(0, 8, 4, 6), 4)
-    gain = max(schedule._value(shape, 8, 100, 8, throughput) for shape in SHAPES)
-    assert gain > 0
-    repaid = int(REPAY_STEPS * gain / throughput / 1e-6)
-    assert resumes(int(0.95 * repaid))
-    assert not resumes(int(1.05 * repaid) + 100)
+    nodes, tokens = schedule._seen.tokens(6, 4, 8)
+    step = CHEAP.step(rows=8, extend_tokens=tokens, level_tokens=Draft(6, 4).level_tokens(8), nodes=nodes, context=100)
+    plain_s = CHEAP.verify(8, 100) + CHEAP.fixed
+    # Seconds of catching up that the largest shape may bear at each of its next steps, and tokens at 1 us each.
+    spare_s = (tokens * plain_s / (MARGIN * 8) - step).max()
+    repaid = int(REPAY_STEPS * spare_s / 1e-6)
+    assert spare_s > 0
+    assert Schedule.choose(schedule, 8, 100, int(0.8 * repaid), 6) != PLAIN
+    assert schedule.choose(8, 100, 4 * repaid, 6) == PLAIN
+
+
+def test_what_promises_little_more_than_plain_steps_is_left():
+    """Half of all first tokens are kept; a node costs what makes drafting them all worth 1 % or 10 % more."""
+    for gain, expected in ((1.01, PLAIN), (1.2, Draft(1, 1))):
+        per_row = 0.02 / 8 * (1.5 / gain - 1)
+        schedule = Schedule(Costs(flat(0.02 - 8 * per_row, per_row), flat(1.0), flat(0.0), 0.0), [PLAIN, Draft(1, 1)])
+        path, parent = np.full((8, 1), 0.5), np.full((8, 1), -1)
+        schedule.record(path, np.log(path), parent, np.ones((8, 1), int), 1)
+        assert schedule.choose(8, 0, 8, 1) == expected
 
 
 class World:
@@ -155,7 +157,6 @@ class World:
 
     def __init__(self, schedule, per_token, rows):
         self.schedule, self.costs, self.rows = schedule, per_token, rows
-        self.throughput = Throughput()
         self.pending = rows
         self.seconds = self.extra_s = self.first_s = 0.0
 
@@ -164,8 +165,7 @@ class World:
         truth = Hindsight([1, 2, 4])
         truth.record(*pools(0, 64, 4, 6, kept))
         for step in range(num):
-            due = {"rows": self.rows, "throughput": self.throughput.value(self.rows), "max_depth": max_depth}
-            due |= {"context": 1000, "extend_tokens": self.pending}
+            due = {"rows": self.rows, "max_depth": max_depth, "context": 1000, "extend_tokens": self.pending}
             usual = self.schedule.choose(**due)
             shape, explored = self.schedule.next(**due)
             if explored:
@@ -176,7 +176,6 @@ class World:
             self.pending = (0 if shape.depth else self.pending) + round(tokens)
             self.seconds += seconds
             self.schedule.spent(seconds)
-            self.throughput.seen(self.rows, round(tokens), seconds)
             yield shape, explored
 
     def _drafting_s(self, shape):
@@ -188,8 +187,7 @@ class World:
             return self.costs.verify(self.rows, 1000) + self.costs.fixed, self.rows
         nodes, tokens = truth.tokens(shape.depth, shape.width, self.rows)
         seconds = self.costs.verify(nodes, 1000) + self.costs.fixed + self._drafting_s(shape)
-        throughput = self.throughput.value(self.rows) or (tokens / seconds).max()
-        best = np.argmax(tokens - throughput * seconds)
+        best = np.argmax(tokens / seconds)
         return float(seconds[best]), float(tokens[best])
 
 
@@ -219,7 +217,7 @@ def test_the_first_rows_of_a_small_batch_are_all_explored():
 
 def test_rows_near_their_end_are_not_explored():
     schedule = Schedule(CHEAP)
-    due = {"rows": 16, "context": 0, "extend_tokens": 16, "throughput": None}
+    due = {"rows": 16, "context": 0, "extend_tokens": 16}
     for seed in range(FIRST_STEPS):
         schedule.record(*pools(seed, 16, 4, 6), 4)
     schedule.spent(1e6)
@@ -233,7 +231,7 @@ def test_savings_are_not_carried_over():
     for seed in range(FIRST_STEPS):
         schedule.record(*pools(seed, 16, 4, 6), 4)
     schedule.spent(1e6)
-    due = {"rows": 16, "context": 0, "extend_tokens": 10**6, "throughput": None, "max_depth": 6}
+    due = {"rows": 16, "context": 0, "extend_tokens": 10**6, "max_depth": 6}
     assert [schedule.next(**due)[1] for _ in range(100)].count(True) == 1
 
 

@@ -86,6 +86,11 @@ class Draft:
         target.capture(self.config.aux_layers)
         self._graphs = target.graphs
 
+    @property
+    def feature_bytes(self) -> int:
+        """Bytes of one token's input feature."""
+        return int(self.config.layer.hidden_size) * self.dtype.itemsize
+
     def pool(self) -> Pool:
         """An empty KV pool for the head's layers."""
         layers = self.config.layer.num_hidden_layers

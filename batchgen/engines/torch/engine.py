@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from batchgen.engines.torch.width import Width
     from batchgen.record import Completion, Request
 
-# Target features that rows may hold back while nothing is drafted, in tokens of all rows, before the draft catches up.
-PENDING_TOKENS = 16384
+# Target features of all rows that may wait for the draft while nothing is drafted. A row that ends before it is drafted
+# again has spared the draft its catching up.
+PENDING_BYTES = 256 << 20
 # Steps without trouble after which one row more may run, once memory has run out.
 CALM_STEPS = 256
 
@@ -240,7 +241,7 @@ class TorchEngine:
         final, captured, logits = self._target.verify(self._ids(token_ids), layout, self._pool, asked)
         draws = [row.next_draw(depth) for row, tree in zip(rows, trees, strict=True) for depth in tree.depths]
         draws += [self._rows[span.slot].next_draw() for span in ends]
-        sampled = verify.Sampled(logits, draws)
+        sampled = self._sample(logits, draws, tiles, trees, drafted)
         judged = time.perf_counter()
 
         def pick(alive: list[int], nodes: list[int]) -> list[int]:
@@ -262,6 +263,17 @@ class TorchEngine:
             times = (grown - began, ended - grown)
             reached = _reached(tiles, trees, walks, sampled) if drafted is not None else []
             self._width.spent(Step(len(rows), context, num_nodes, num_tokens, *times, bool(spans), drafted), reached)
+
+    def _sample(
+        self,
+        logits: torch.Tensor,
+        draws: list[verify.Draw],
+        tiles: list[Tile],
+        trees: list[forest.RowTree],
+        drafted: Drafted | None,
+    ) -> verify.Sampled:
+        """What follows every node of the pass; `examples/bench/shape.py` has this drawn, for models without sense."""
+        return verify.Sampled(logits, draws)
 
     def _grow(self, slots: list[int]) -> tuple[Drafted | None, list[forest.RowTree]]:
         """A tree for each of the rows in `slots`: catch the draft up on true features and let it draft, or roots."""
@@ -327,7 +339,7 @@ class TorchEngine:
             return
         going_on = ((slot, row) for slot, row in enumerate(self._rows) if row.finish is None)
         behind = {slot: row.seen - row.draft_len for slot, row in going_on}
-        if sum(behind.values()) > PENDING_TOKENS:
+        if sum(behind.values()) * self._draft.feature_bytes > PENDING_BYTES:
             self._catch_up(
                 self._draft, self._draft_pool, [slot for slot, num in behind.items() if num > 1], hold_back=1
             )

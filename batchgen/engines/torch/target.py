@@ -87,10 +87,7 @@ class Target:
             why = _first_line(error)
             raise ModelError(f"{path}: transformers cannot read its config ({why}); {_WAY_OUT}") from error
         _refuse_unsupported(config, path)
-        disable_progress_bar()  # type: ignore[no-untyped-call]  # the job shows its own progress
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=_ATTENTION, trust_remote_code=False
-        )
+        model = self._load(path, config, dtype, device)
         self.weights_dtype, self.dtype, self.device = dtype, compute_dtype(dtype, device), device
         model.to(device, self.dtype).eval()
         self.config = model.config
@@ -108,6 +105,12 @@ class Target:
         self._ours: Decoder | None = None
         self.graphs = Graphs(None)
         self._choose(model, path)
+
+    def _load(self, path: Path, config: Any, dtype: torch.dtype, device: torch.device) -> Any:
+        disable_progress_bar()  # type: ignore[no-untyped-call]  # the job shows its own progress
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=_ATTENTION, trust_remote_code=False
+        )
 
     @property
     def two_bytes(self) -> bool:

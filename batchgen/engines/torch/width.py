@@ -119,7 +119,6 @@ class AutoTree:
             rows=rows,
             context=context,
             extend_tokens=pending,
-            throughput=None,  # shapes are compared as if they went on forever: the ratio, which nothing stale skews
             max_depth=max_depth,
         )
         return None if chosen == PLAIN else Shape(chosen.depth, chosen.width, MAX_NODES - 1)
