@@ -73,13 +73,13 @@ class Calibration:
         a: A = 1 / (1 + xp.exp(-logit.clip(-12.0, 12.0)))
         return a
 
-    def learn(self, logq: NDArray[Any], rank: NDArray[Any], depth: NDArray[Any], label: NDArray[Any]) -> None:
-        """Learn from the drafted children of the root and of kept nodes, [N] each.
+    def learn(self, logq: NDArray[Any], rank: NDArray[Any], depth: NDArray[Any], label: NDArray[Any]) -> bool:
+        """Learn from the drafted children of the root and of kept nodes, [N] each; whether acceptances have changed.
 
         `label` in [0, 1] is how likely the target was to keep the token: its probability, or whether it did.
         """
         if not len(label):
-            return
+            return False
         predicted = self.acceptance(logq, rank, depth)
         place = np.minimum(predicted * 10, 9).astype(int)
         self._bins += [np.bincount(place, values, 10) for values in (None, predicted, label)]
@@ -96,9 +96,11 @@ class Calibration:
         for sums, values in zip(self._cells.reshape(3, -1), (None, label, logit), strict=True):
             np.add(sums, np.bincount(at, values, len(sums)), out=sums)
         self._calls += 1
-        if self._calls >= self._refit_at:
-            self._refit_at = min(2 * self._calls, self._calls + REFIT_CALLS)
-            self._refit()
+        if self._calls < self._refit_at:
+            return False
+        self._refit_at = min(2 * self._calls, self._calls + REFIT_CALLS)
+        self._refit()
+        return True
 
     def report(self) -> dict[str, float]:
         """How well acceptance was predicted, over all nodes so far, each predicted before it was learned from.

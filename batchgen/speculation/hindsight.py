@@ -14,21 +14,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
-KEPT_ROWS = 256
+KEPT_ROWS = 128
 GRID = 512
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Draft:
-    """One recorded draft: path probability and depth of the candidates that a beam of each width had."""
+    """One recorded draft: how to value its candidates, their depths, and which of them a beam of each width had."""
 
-    num_rows: int
-    depth: int
-    found: dict[int, tuple[NDArray[Any], NDArray[Any]]]
+    value: Callable[[], NDArray[Any]]
+    depth: NDArray[Any]
+    found: dict[int, NDArray[np.bool_]]
 
 
 class Hindsight:
@@ -37,24 +37,29 @@ class Hindsight:
     def __init__(self, widths: Sequence[int]) -> None:
         self._widths = set(widths)
         self._drafts: collections.deque[_Draft] = collections.deque()
+        self._paths: list[NDArray[Any]] = []
         self._falling: dict[tuple[int, int], NDArray[np.float64]] = {}
         self.num_rows = 0
 
     @property
     def depth(self) -> int:
         """The deepest level on record."""
-        return max((draft.depth for draft in self._drafts), default=0)
+        return max((int(draft.depth.max()) for draft in self._drafts), default=0)
 
-    def record(self, path: NDArray[Any], score: NDArray[Any], parent: NDArray[Any], depth: NDArray[Any]) -> None:
+    def record(
+        self, value: Callable[[], NDArray[Any]], score: NDArray[Any], parent: NDArray[Any], depth: NDArray[Any]
+    ) -> None:
         """Remember a draft; see `Schedule.record`."""
-        found = {}
-        for width in self._widths:
-            used = (path > 0) & truncate(score, parent, depth, width)
-            found[width] = path[used].astype(np.float64), depth[used]
-        self._drafts.append(_Draft(len(path), int(depth.max()), found))
-        self.num_rows += len(path)
-        while self.num_rows - self._drafts[0].num_rows >= KEPT_ROWS:
-            self.num_rows -= self._drafts.popleft().num_rows
+        found = {width: truncate(score, parent, depth, width) for width in self._widths}
+        self._drafts.append(_Draft(value, depth, found))
+        self.num_rows += len(score)
+        while self.num_rows - len(self._drafts[0].depth) >= KEPT_ROWS:
+            self.num_rows -= len(self._drafts.popleft().depth)
+        self.revalue()
+
+    def revalue(self) -> None:
+        """Value all drafts anew when they are looked at next."""
+        self._paths.clear()
         self._falling.clear()
 
     def tokens(self, depth: int, width: int, rows: int) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
@@ -62,10 +67,12 @@ class Hindsight:
 
         Counts are 0, 1, .. likeliest nodes beyond the roots, up to all that were drafted; of many, evenly spread ones.
         """
+        if not self._paths:
+            self._paths = [draft.value() for draft in self._drafts]
         if (depth, width) not in self._falling:
-            found = [draft.found[width] for draft in self._drafts]
-            path = np.concatenate([path[level <= depth] for path, level in found])
-            self._falling[depth, width] = np.concatenate([[0.0], np.cumsum(np.sort(path)[::-1])])
+            drafts = zip(self._drafts, self._paths, strict=True)
+            path = np.concatenate([p[draft.found[width] & (draft.depth <= depth) & (p > 0)] for draft, p in drafts])
+            self._falling[depth, width] = np.concatenate([[0.0], np.cumsum(np.sort(path.astype(np.float64))[::-1])])
         kept = self._falling[depth, width]
         scale = rows / self.num_rows
         most = int(np.ceil((len(kept) - 1) * scale))

@@ -22,7 +22,7 @@ import numpy as np
 from batchgen.speculation.hindsight import Hindsight
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -99,17 +99,27 @@ class Schedule:
         self._allowance_s += EXPLORE_SHARE * seconds
 
     def record(
-        self, path: NDArray[Any], score: NDArray[Any], parent: NDArray[Any], depth: NDArray[Any], width: int
+        self,
+        value: Callable[[], NDArray[Any]],
+        score: NDArray[Any],
+        parent: NDArray[Any],
+        depth: NDArray[Any],
+        width: int,
     ) -> None:
         """Remember an explored step's candidates, [B, P] each in level order and of equal depths in every row.
 
-        `path` is the calibrated probability that a candidate is kept, 0 where it is of no use; `score` its cumulative
-        draft log-probability, by which the beam of `width` was chosen; `parent` its parent's column, -1 at depth 1.
+        `value` returns the calibrated probability that a candidate is kept, 0 where it is of no use, by what is known
+        when it is called; `score` is the cumulative draft log-probability, by which the beam of `width` was chosen;
+        `parent` the parent's column, -1 at depth 1.
         """
         assert width == self._largest.width, "a narrow beam does not tell what a wider one would have found"
-        self._seen.record(path, score, parent, depth)
+        self._seen.record(value, score, parent, depth)
         self._decided.clear()
         self._num_recorded += 1
+
+    def revalue(self) -> None:
+        """The calibration has changed: value what is recorded anew when the next question comes up."""
+        self._seen.revalue()
 
     def choose(self, rows: int, context: int, extend_tokens: int, max_depth: int) -> Draft:
         """The shape to draft: the most tokens per second, plain where none promises `MARGIN` times as many.

@@ -41,7 +41,7 @@ from speculation import decode, fixed_shape
 
 if TYPE_CHECKING:
     from batchgen.engines.torch.forest import RowTree, Shape
-    from batchgen.engines.torch.kvcache import Tile
+    from batchgen.engines.torch.layout import Tile
     from batchgen.engines.torch.width import Drafted
 
 

@@ -19,7 +19,8 @@ from batchgen_kernels.tree_attention import tree_attention
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from batchgen.engines.torch.kvcache import Layout, Pool
+    from batchgen.engines.torch.kvcache import Pool
+    from batchgen.engines.torch.layout import Layout
 
 _LAYER_PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 _ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}

@@ -14,7 +14,8 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from batchgen.engines.torch.decoder import Attention, Mlp, Norm
-from batchgen.engines.torch.kvcache import Heads, Layout, Pool, Tile
+from batchgen.engines.torch.kvcache import Pool
+from batchgen.engines.torch.layout import Heads, Layout, Tile
 from batchgen.engines.torch.linear import Weight
 from batchgen.engines.torch.weights import load_head
 from batchgen.errors import ModelError

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from batchgen.engines.torch import forest, verify
-from batchgen.engines.torch.kvcache import Tile, free_bytes, out_of_memory, upload
+from batchgen.engines.torch.kvcache import free_bytes, out_of_memory
+from batchgen.engines.torch.layout import Tile, upload
 from batchgen.engines.torch.rows import Row
 from batchgen.engines.torch.width import Drafted, FixedTree, Step
 from batchgen_kernels.tree_attention import MAX_NODES, Span

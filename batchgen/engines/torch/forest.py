@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from batchgen.engines.torch.kvcache import Layout, Pool, upload
+from batchgen.engines.torch.layout import Layout, upload
 from batchgen_kernels.tree_attention import MAX_NODES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from batchgen.engines.torch.draft import Draft
+    from batchgen.engines.torch.kvcache import Pool
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

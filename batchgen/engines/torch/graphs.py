@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from batchgen.engines.torch.kvcache import SIZES, Layout, out_of_memory, padded_size
+from batchgen.engines.torch.kvcache import out_of_memory
+from batchgen.engines.torch.layout import SIZES, Layout, padded_size
 from batchgen_kernels.tree_attention import Ragged
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from batchgen.engines.torch.kvcache import Tile, free_bytes
+from batchgen.engines.torch.kvcache import free_bytes
+from batchgen.engines.torch.layout import Tile
 from batchgen.speculation.costs import Costs, Table
 from batchgen_kernels.tree_attention import MAX_NODES
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from batchgen.engines.torch.draft import Draft
-    from batchgen.engines.torch.kvcache import Layout
+    from batchgen.engines.torch.layout import Layout
     from batchgen.engines.torch.target import Target
 
 _GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)

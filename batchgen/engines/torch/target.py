@@ -18,7 +18,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from batchgen.engines.torch.decoder import Decoder
 from batchgen.engines.torch.graphs import Graphs, cuda_graph
-from batchgen.engines.torch.kvcache import Heads, Layout, Pool, Tile, out_of_memory
+from batchgen.engines.torch.kvcache import Pool, out_of_memory
+from batchgen.engines.torch.layout import Heads, Layout, Tile
 from batchgen.engines.torch.linear import Weight, compute_dtype, use_weights
 from batchgen.errors import ModelError
 from batchgen_kernels.tree_attention import Span, tree_attention

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from batchgen.engines.torch.kvcache import upload
+from batchgen.engines.torch.layout import upload
 from batchgen_kernels.gumbel import position_words
 from batchgen_kernels.sample import gumbel_argmax
 

@@ -125,17 +125,13 @@ class AutoTree:
 
     def keep(self, candidates: Candidates, depth_caps: torch.Tensor, shape: Shape, context: int) -> torch.Tensor:
         """See `Width`."""
-        accepted = self._calibration.acceptance(candidates.logp, candidates.rank, candidates.depth)
-        path = torch.where(candidates.depth <= depth_caps[:, None], accepted, 0.0)
-        start = shape.width
-        for _ in range(1, shape.depth):
-            stop = start + shape.width**2
-            path[:, start:stop] *= path.gather(1, candidates.parent[:, start:stop])
-            start = stop
+        path = self._path(candidates, depth_caps, shape)
         if self._exploring:
-            columns = (path, candidates.score, candidates.parent, candidates.depth)
-            path_, score, parent, depth = (column.cpu().numpy() for column in columns)
-            self._schedule.record(path_, score, parent, depth, shape.width)
+            columns = (candidates.score, candidates.parent, candidates.depth)
+            score, parent, depth = (column.numpy() for column in columns)
+            self._schedule.record(
+                lambda: self._path(candidates, depth_caps, shape).numpy(), score, parent, depth, shape.width
+            )
         rows = len(path)
         levels = Draft(shape.depth, shape.width).level_tokens(rows)
         kept = budget.select(
@@ -149,6 +145,17 @@ class AutoTree:
         )
         self._expected += float(path[kept].sum())
         return kept
+
+    def _path(self, candidates: Candidates, depth_caps: torch.Tensor, shape: Shape) -> torch.Tensor:
+        """The probability that each candidate is kept, float32 [B, P]; 0 below `depth_caps`."""
+        accepted = self._calibration.acceptance(candidates.logp, candidates.rank, candidates.depth)
+        path = torch.where(candidates.depth <= depth_caps[:, None], accepted, 0.0)
+        start = shape.width
+        for _ in range(1, shape.depth):
+            stop = start + shape.width**2
+            path[:, start:stop] *= path.gather(1, candidates.parent[:, start:stop])
+            start = stop
+        return path
 
     def spent(self, step: Step, reached: Sequence[tuple[int, int, float]]) -> None:
         """See `Width`."""
@@ -165,7 +172,8 @@ class AutoTree:
                 at = torch.tensor([(row, column) for row, column, _ in reached], device=drafted.candidates.logp.device)
                 features = (drafted.candidates.logp, drafted.candidates.rank, drafted.candidates.depth)
                 logp, rank, depth = (feature[at[:, 0], at[:, 1]].cpu().numpy() for feature in features)
-                self._calibration.learn(logp, rank, depth, np.array([label for _, _, label in reached]))
+                if self._calibration.learn(logp, rank, depth, np.array([label for _, _, label in reached])):
+                    self._schedule.revalue()
             self._refine_draft(drafted, step)
         if not step.mixed:  # or the seconds would be the prompts' as well
             self._throughput.seen(step.rows, step.tokens, step.draft_s + step.verify_s)

@@ -1,0 +1,178 @@
+"""Where the packed tokens of one pass stand, and who sees whom: as our kernel reads it on a GPU, or SDPA on a CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from batchgen_kernels.attend import MAX_COUNTS, num_splits
+from batchgen_kernels.dispatch import on_triton
+from batchgen_kernels.tree_attention import MAX_NODES, Block, Padded, Ragged, Span, span_mask, tile_mask
+
+# Slots that SDPA reads together. With 64 rows of 60 to 320 tokens blocks of 16 read about four fifths of what one does.
+BLOCK_SLOTS = 16
+# Packed tokens, and tiles, that captured passes are padded to.
+SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Tile:
+    """Up to 64 tree tokens of one row: consecutive packed tokens from `start`, pool columns from `prefix`.
+
+    `bits[t]` has bit c set when token t sees pool column prefix + c; its own key stands at prefix + `columns[t]`, and
+    it has rotary position `positions[t]`.
+    """
+
+    start: int
+    slot: int
+    prefix: int
+    bits: list[int]
+    columns: list[int]
+    positions: list[int]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Heads:
+    """What a layout must know of the attention that reads it; `window` as in `tile_mask`."""
+
+    num_heads: int
+    num_kv_heads: int
+    dtype: torch.dtype
+    device: torch.device
+    window: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Layout:
+    """Where a pass's packed tokens stand: rotary position, slot and pool position of each, and who sees whom."""
+
+    position_N: torch.Tensor
+    slot_N: torch.Tensor
+    pool_position_N: torch.Tensor
+    tiles: Padded | Ragged | None
+    spans: list[tuple[Span, torch.Tensor]]
+
+    @staticmethod
+    def of(tiles: list[Tile], spans: list[Span], heads: Heads) -> Layout:
+        """Lay out `tiles` and `spans`; slots must differ, and packed tokens must not overlap."""
+        num_tokens = sum(len(t.bits) for t in tiles) + sum(s.stop - s.start for s in spans)
+        position, slot, pool_position, bits = (np.zeros(num_tokens, np.int64) for _ in range(4))
+        for span in spans:
+            at = slice(span.start, span.stop)
+            position[at] = pool_position[at] = np.arange(span.prefix, span.prefix + span.stop - span.start)
+            slot[at] = span.slot
+        for tile in tiles:
+            assert max(len(tile.bits) - 1, *tile.columns) < MAX_NODES, "a tile holds at most 64 nodes"
+            at = slice(tile.start, tile.start + len(tile.bits))
+            position[at] = tile.positions
+            slot[at] = tile.slot
+            pool_position[at] = [tile.prefix + c for c in tile.columns]
+            # Bit 63 is the sign bit of int64: the value wraps, the shift in `tile_mask` reads it back.
+            bits[at] = np.array(tile.bits, np.uint64).view(np.int64)
+        rows = np.array([(t.slot, t.start, len(t.bits), t.prefix) for t in tiles], np.int64).reshape(-1, 4)
+        columns = _Rows(*(upload(column, heads.device) for column in np.ascontiguousarray(rows.T)))
+        tokens = _Tokens(*(upload(each, heads.device) for each in (position, slot, pool_position, bits)))
+        seen = _seen(columns, tokens, max((len(t.bits) for t in tiles), default=0), heads)
+        masked = [(span, span_mask(span, heads.dtype, heads.device, heads.window)) for span in spans]
+        return Layout(tokens.position, tokens.slot, tokens.pool_position, seen, masked)
+
+    @staticmethod
+    def even(
+        slot_R: torch.Tensor, prefix_R: torch.Tensor, bits_RT: torch.Tensor, column: int, ahead: int, heads: Heads
+    ) -> Layout:
+        """Lay out R tiles of T tokens each from tensors alone, without waiting for their device.
+
+        Row r's tokens are packed together, their keys stand at pool columns `column` + t behind its prefix, and all
+        have rotary position `prefix_R` + `ahead`.
+        """
+        num_rows, width = bits_RT.shape
+        within = torch.arange(width, device=bits_RT.device)
+        position_N = (prefix_R + ahead).repeat_interleave(width)
+        pool_position_N = (prefix_R[:, None] + column + within).view(-1)
+        start_R = width * torch.arange(num_rows, device=bits_RT.device)
+        rows = _Rows(slot_R, start_R, torch.full_like(start_R, width), prefix_R)
+        tokens = _Tokens(position_N, slot_R.repeat_interleave(width), pool_position_N, bits_RT.reshape(-1).contiguous())
+        return Layout(tokens.position, tokens.slot, tokens.pool_position, _seen(rows, tokens, width, heads), [])
+
+
+class _Rows(NamedTuple):
+    slot: torch.Tensor
+    start: torch.Tensor
+    num: torch.Tensor
+    prefix: torch.Tensor
+
+
+class _Tokens(NamedTuple):
+    position: torch.Tensor
+    slot: torch.Tensor
+    pool_position: torch.Tensor
+    bits: torch.Tensor
+
+
+def _seen(rows: _Rows, tokens: _Tokens, width: int, heads: Heads) -> Padded | Ragged | None:
+    """Who sees whom in tiles of at most `width` tokens, as what computes it on their device wants it."""
+    if width == 0:
+        return None
+    if not on_triton(torch.empty(0, dtype=heads.dtype, device=heads.device)):
+        return _pad(rows, tokens, heads)
+    num_sms = torch.cuda.get_device_properties(heads.device).multi_processor_count if heads.device.type == "cuda" else 1
+    splits = num_splits(padded_size(len(rows.slot)), heads.num_kv_heads, num_sms)
+    max_count = next(count for count in MAX_COUNTS if count >= width)
+    return Ragged(*rows, tokens.bits, tokens.position, max_count, splits, heads.window)
+
+
+def _pad(rows: _Rows, tokens: _Tokens, heads: Heads) -> Padded:
+    slot_R, start_R, count_R, prefix_R = (column.numpy() for column in rows)
+    position_N, pool_position_N, bits_N = (
+        each.numpy() for each in (tokens.position, tokens.pool_position, tokens.bits)
+    )
+    within = np.concatenate([np.arange(count) for count in count_R])
+    packed = np.repeat(start_R, count_R) + within
+    num_slots = int(slot_R.max()) + 1
+    # A slot without a tile is a query that sees column 0, so that its softmax is defined.
+    count_S, length_S, prefix_S = (
+        np.zeros(num_slots, np.int64),
+        np.ones(num_slots, np.int64),
+        np.ones(num_slots, np.int64),
+    )
+    count_S[slot_R], prefix_S[slot_R] = count_R, prefix_R
+    length_S[slot_R] = np.maximum.reduceat(pool_position_N[packed], np.cumsum(count_R) - count_R) + 1
+    base_S, start, extents = np.zeros(num_slots, np.int64), 0, []
+    for first in range(0, num_slots, BLOCK_SLOTS):
+        stop = min(first + BLOCK_SLOTS, num_slots)
+        width, length = int(count_S[first:stop].max()), int(length_S[first:stop].max())
+        if width:
+            base_S[first:stop] = start + width * np.arange(stop - first)
+            extents.append((first, stop, start, width, length))
+            start += width * (stop - first)
+    flat = np.repeat(base_S[slot_R], count_R) + within
+    token_P, bits_P, position_P = (np.zeros(start, np.int64) for _ in range(3))
+    for padded, values in ((token_P, packed), (bits_P, bits_N[packed]), (position_P, position_N[packed])):
+        padded[flat] = values
+    blocks = []
+    group = heads.num_heads // heads.num_kv_heads
+    for first, stop, begin, width, length in extents:
+        at = slice(begin, begin + width * (stop - first))
+        bits_ST, position_ST = (torch.from_numpy(each[at].reshape(-1, width)) for each in (bits_P, position_P))
+        prefix = torch.from_numpy(prefix_S[first:stop])
+        mask = tile_mask(prefix, bits_ST, position_ST, length, heads.dtype, heads.window)
+        mask = mask[:, None].expand(-1, group, -1, -1).reshape(stop - first, 1, group * width, length)
+        blocks.append(Block(first, stop, begin, width, mask))
+    in_place = len(token_P) == len(bits_N) and bool((token_P == np.arange(len(token_P))).all())
+    return Padded(
+        blocks, None if in_place else torch.from_numpy(token_P), torch.from_numpy(flat), torch.from_numpy(packed)
+    )
+
+
+def padded_size(num: int) -> int:
+    """The least of `SIZES` that holds `num`, or `num` itself."""
+    return next((size for size in SIZES if size >= num), num)
+
+
+def upload(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """`values` on `device`; the host goes on before they are there."""
+    host = torch.from_numpy(values)
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
