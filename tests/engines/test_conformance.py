@@ -189,7 +189,7 @@ def test_an_encoder_decoder_is_refused(tmp_path):
 def test_rows_wait_for_memory_and_one_that_never_fits_is_an_error(tmp_path):
     # Pools are made for 8 rows x 256 tokens at a time: room for 8 rows, and not for 16.
     folder = tiny(tmp_path, "llama", max_position_embeddings=4096)
-    bound = torch_engine(folder, 1)._num_bytes(8, 150)
+    bound = torch_engine(folder, 1)._slots.num_bytes(8, 150)
     engine = torch_engine(folder, 16, memory_bytes=bound)
     engine.submit(ask(99, max_tokens=3000))
     for i in range(20):
@@ -198,7 +198,8 @@ def test_rows_wait_for_memory_and_one_that_never_fits_is_an_error(tmp_path):
     while engine.unfinished:
         done |= {c.key: c for c in engine.step()}
         running.append(engine.running)
-        assert engine._pool.k.nbytes + engine._pool.v.nbytes <= bound
+        [pool] = engine._slots.pools
+        assert pool.k.nbytes + pool.v.nbytes <= bound
     assert max(running) == 8
     assert done["key", 99].error_type == "out_of_memory"
     assert all(done["key", i].finish_reason == "length" for i in range(20))
@@ -206,7 +207,7 @@ def test_rows_wait_for_memory_and_one_that_never_fits_is_an_error(tmp_path):
 
 def test_a_pool_shaped_for_many_short_rows_makes_way_for_a_long_one(tmp_path):
     folder = tiny(tmp_path, "llama", max_position_embeddings=4096)
-    bound = torch_engine(folder, 1)._num_bytes(8, 400)
+    bound = torch_engine(folder, 1)._slots.num_bytes(8, 400)
     engine = torch_engine(folder, 16, memory_bytes=bound)
     for i in range(16):
         engine.submit(ask(i, max_tokens=12))

