@@ -149,7 +149,7 @@ class SpeculationSpec(_Part):
     """How the draft head is used; it never changes a row's tokens, only how soon they come."""
 
     tree: Annotated[Annotated[Literal["auto", "off"], _WORD] | Annotated[Tree, _MAPPING], _WORD_OR_MAPPING] = Field(
-        default="auto", description="auto: a short chain; off: no drafting; or a fixed shape."
+        default="auto", description="auto: what pays, step by step; off: no drafting; or a fixed shape."
     )
     min_acceptance: float | None = Field(
         default=None, ge=0, le=1, description="Least share of drafted tokens to be accepted."
