@@ -174,12 +174,18 @@ class AutoTree:
                 logp, rank, depth = (feature[at[:, 0], at[:, 1]].cpu().numpy() for feature in features)
                 if self._calibration.learn(logp, rank, depth, np.array([label for _, _, label in reached])):
                     self._schedule.revalue()
-            self._refine_draft(drafted, step)
+        # What a second is worth must be told by the clock that nodes are priced by: with costs that are all a third too
+        # high, and tokens per real second, hardly a node would seem worth its price.
+        seconds = float(self.costs.verify(step.nodes, step.context)) + self._refine_draft(step)
+        self._throughput.seen(step.rows, step.tokens, seconds)
         if not step.mixed:  # or the seconds would be the prompts' as well
-            self._throughput.seen(step.rows, step.tokens, step.draft_s + step.verify_s)
             self.costs.verify.refine(step.nodes, step.context, step.verify_s)
 
-    def _refine_draft(self, drafted: Drafted, step: Step) -> None:
+    def _refine_draft(self, step: Step) -> float:
+        """Learn what drafting took; returns the seconds that were expected."""
+        drafted = step.drafted
+        if drafted is None:
+            return 0.0
         levels = Draft(drafted.shape.depth, drafted.shape.width).level_tokens(step.rows)
         extend = float(self.costs.extend(drafted.extend_tokens, step.context))
         each = [float(self.costs.level(tokens, step.context)) for tokens in levels]
@@ -187,6 +193,7 @@ class AutoTree:
         self.costs.extend.refine(drafted.extend_tokens, step.context, extend * ratio)
         if levels:
             self.costs.level.refine(levels[0], step.context, each[0] * ratio)
+        return extend + sum(each)
 
     def report(self) -> dict[str, Any]:
         """See `Width`; `expected_tokens` and `tokens` are per decoding step of all rows."""
