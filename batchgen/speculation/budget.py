@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 def select(
     path: torch.Tensor,
     *,
+    num_roots: int,
     row_caps: torch.Tensor | None,
     sizes: Sequence[int],
     cost: Callable[[NDArray[np.int64]], NDArray[np.float64]],
@@ -31,7 +32,8 @@ def select(
     """The nodes to verify, bool [B, P]: a node is chosen only with its parent, and none of probability 0.
 
     `path` float32 [B, P] is the calibrated probability that each candidate is kept; parents stand left of their
-    children and are at least as likely; what may not be used is 0. `row_caps` [B] bounds each row's nodes. `sizes` are
+    children and are at least as likely; what may not be used is 0. `num_roots` is how many rows the pass holds: these
+    and those that drafted nothing. `row_caps` [B] bounds each row's nodes. `sizes` are
     the packed node counts, roots included, that passes are padded to: a pass pays for its whole size, and the chosen
     one is filled as far as there are candidates; empty permits every count. Where none holds the roots, nothing is
     chosen. `cost` is the seconds of passes over packed counts, `throughput` in tokens per second; None takes the best
@@ -43,13 +45,13 @@ def select(
     # The size needs only the values, in which numpy's sort is ten times faster than one that keeps places.
     falling = np.sort(path.cpu().numpy(), axis=None)[::-1]
     falling = falling[: np.count_nonzero(falling > 0)]
-    gains = num_rows + np.concatenate([[0.0], np.cumsum(falling, dtype=np.float64)])
-    packed = np.array([size for size in sizes if size >= num_rows], np.int64)
+    gains = num_roots + np.concatenate([[0.0], np.cumsum(falling, dtype=np.float64)])
+    packed = np.array([size for size in sizes if size >= num_roots], np.int64)
     if not sizes:
-        packed = num_rows + np.arange(len(gains), dtype=np.int64)
+        packed = num_roots + np.arange(len(gains), dtype=np.int64)
     elif not len(packed):
-        packed = np.array([num_rows], np.int64)
-    num_nodes = np.minimum(packed - num_rows, len(falling))
+        packed = np.array([num_roots], np.int64)
+    num_nodes = np.minimum(packed - num_roots, len(falling))
     seconds = cost(packed)
     if throughput is None:
         throughput = best_ratio(gains[num_nodes], seconds)

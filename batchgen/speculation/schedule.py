@@ -5,8 +5,9 @@ have (`hindsight`). For the rows of the next step the recorded rows stand as a s
 of any number of verified nodes; the costs of passes give the seconds.
 
 Shapes are compared by tokens per second, as if they went on forever: the head then catches up on what a step of that
-shape keeps. After plain steps far more may be pending, and a step that looked only at itself would never draft again.
-That debt is paid once, so a shape bears a share of it, as if it were repaid over `REPAY_STEPS` steps.
+shape keeps, and on the prompts of rows that arrive. After plain steps far more may be pending, and a step that looked
+only at itself would never draft again. That debt is paid once, so a shape bears a share of it, as if it were repaid
+over `REPAY_STEPS` steps, or over fewer where the rows that owe it end before.
 
 Drafting must promise a little more than a plain step: what a plain step gives is known, and the best of many forecasts
 is mostly the most mistaken one.
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from batchgen.speculation.costs import Costs
 
 REPAY_STEPS = 64
+# Over how many steps the arrival of prompts is averaged.
+ARRIVAL_STEPS = 512
 # What drafting must promise, as a multiple of plain tokens per second.
 MARGIN = 1.05
 EXPLORE_SHARE = 0.01
@@ -37,6 +40,8 @@ EXPLORE_STEPS = DECISION_STEPS = 32
 # Before exploring has to be paid for: the first row of a small batch may be nothing like the next, and the first step
 # of a large one is judged by a calibration that has seen nothing.
 FIRST_ROWS, FIRST_STEPS = 16, 4
+# Rows that explore where the others go on plainly: those with the least to catch up on.
+EXPLORE_ROWS = 16
 # Steps that make a throughput, and steps that it remembers.
 WARM_STEPS, MEMORY_STEPS = 4, 64
 
@@ -51,6 +56,36 @@ class Draft:
     def level_tokens(self, rows: int) -> list[int]:
         """Tokens of each pass of the head after the catch-up, whose own output already gives the first level."""
         return [rows * self.width] * (self.depth - 1)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ahead:
+    """What the next step of B rows starts from.
+
+    context: tokens that stand before the roots of all rows
+    pending: [B] tokens of each row that the head must catch up on before it drafts
+    caps: [B] levels below the root that are of use to each row: the tokens that it may still give, less one
+    arrived: of all that is pending, the tokens of rows that never decoded before
+    """
+
+    context: int
+    pending: Sequence[int]
+    caps: Sequence[int]
+    arrived: int
+
+    @property
+    def rows(self) -> int:
+        """The number of rows."""
+        return len(self.pending)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    """The shape of a step, the rows that draft (all but where only some explore), and whether it explores."""
+
+    draft: Draft
+    rows: Sequence[int]
+    explores: bool
 
 
 PLAIN = Draft(0, 0)
@@ -70,29 +105,36 @@ class Schedule:
         self._seen = Hindsight([s.width for s in shapes if s != PLAIN])
         self._decided: dict[tuple[object, ...], tuple[Draft, int]] = {}
         self._calls = self._num_recorded = 0
-        self._allowance_s, self._since = 0.0, EXPLORE_STEPS
+        self._allowance_s, self._since, self._arriving = 0.0, EXPLORE_STEPS, 0.0
 
-    def next(self, *, rows: int, context: int, extend_tokens: int, max_depth: int) -> tuple[Draft, bool]:
-        """The shape of this step, and whether it explores: if so, `record` wants what it drafts. Arguments of `choose`.
+    def next(self, ahead: Ahead) -> Plan:
+        """What this step drafts, and whether it explores: if so, `record` wants what it drafts.
 
         The first `FIRST_STEPS` explore, and more until `FIRST_ROWS` rows are on record. From then on one may take
         longer than the step that was chosen by at most `EXPLORE_SHARE` of all time since the last one. Its excess is
         predicted from the costs and includes the head's catch-up when drafting is off, so with much pending it waits.
         """
-        chosen = self.choose(rows, context, extend_tokens, max_depth)
-        largest = self._largest_within(max_depth)
+        self._arriving += (ahead.arrived - self._arriving) / ARRIVAL_STEPS
+        chosen = self.choose(ahead)
+        largest = self._largest_within(max(ahead.caps))
         self._since += 1
+        usual = Plan(chosen, range(ahead.rows), explores=False)
         if largest == PLAIN:
-            return chosen, False
+            return usual
+        rows: Sequence[int] = range(ahead.rows)
+        if chosen == PLAIN:
+            of_use = (row for row in rows if ahead.caps[row] >= largest.depth)
+            rows = sorted(sorted(of_use, key=lambda row: ahead.pending[row])[:EXPLORE_ROWS])
         if self._num_recorded >= FIRST_STEPS and self._seen.num_rows >= FIRST_ROWS:
-            excess = self._drafting_s(largest, rows, context, extend_tokens)
-            excess -= self._drafting_s(chosen, rows, context, extend_tokens)
-            near_end = max_depth < self._seen.depth  # all rows are: nothing to learn for those that follow
+            excess = self._drafting_s(largest, rows, ahead)
+            if chosen != PLAIN:
+                excess -= self._drafting_s(chosen, rows, ahead)
+            near_end = max(ahead.caps) < self._seen.depth  # all rows are: nothing to learn for those that follow
             if near_end or self._since < EXPLORE_STEPS or excess > self._allowance_s:
-                return chosen, False
+                return usual
         # Nothing is carried over: savings of an hour must not buy a minute of exploring.
         self._allowance_s, self._since = 0.0, 0
-        return largest, True
+        return Plan(largest, rows, explores=True)
 
     def spent(self, seconds: float) -> None:
         """A step took `seconds`; exploring lives on a share of them."""
@@ -121,41 +163,40 @@ class Schedule:
         """The calibration has changed: value what is recorded anew when the next question comes up."""
         self._seen.revalue()
 
-    def choose(self, rows: int, context: int, extend_tokens: int, max_depth: int) -> Draft:
+    def choose(self, ahead: Ahead) -> Draft:
         """The shape to draft: the most tokens per second, plain where none promises `MARGIN` times as many.
 
-        `rows` run with `context` tokens in all; `extend_tokens` are pending for the head; levels below `max_depth`
-        are of no use to any row. The largest shape while nothing is recorded. A decision stands for `DECISION_STEPS`
-        calls.
+        Plain as well while nothing is recorded. A decision stands for `DECISION_STEPS` calls.
         """
         if not self._seen.num_rows:
-            return self._largest_within(max_depth)
-        pending = extend_tokens // rows
-        key = _bucket(rows), pending.bit_length(), min(max_depth, self._largest.depth)
+            return PLAIN
+        pending, left, max_depth = sum(ahead.pending) // ahead.rows, _left(ahead), max(ahead.caps)
+        owed = pending.bit_length(), int(min(left, REPAY_STEPS)).bit_length()
+        key = _bucket(ahead.rows), *owed, min(max_depth, self._largest.depth)
         self._calls += 1
         draft, until = self._decided.get(key, (PLAIN, 0))
         if self._calls >= until:
             shapes = [shape for shape in self._shapes if shape.depth <= max_depth] or [PLAIN]
-            draft = max(shapes, key=lambda shape: self._worth(shape, rows, context, extend_tokens))
+            draft = max(shapes, key=lambda shape: self._worth(shape, ahead))
             self._decided[key] = draft, self._calls + DECISION_STEPS
         return draft
 
-    def _worth(self, shape: Draft, rows: int, context: int, extend_tokens: int) -> float:
+    def _worth(self, shape: Draft, ahead: Ahead) -> float:
         """Tokens per second with the best number of verified nodes; a plain step's times `MARGIN`."""
+        rows, context, extend = ahead.rows, ahead.context, self._costs.extend
         if shape == PLAIN:
             seconds = self._costs.step(rows=rows, extend_tokens=0, level_tokens=[], nodes=rows, context=context)
             return MARGIN * rows / seconds
         nodes, tokens = self._seen.tokens(shape.depth, shape.width, rows)
-        debt = np.maximum(self._costs.extend(extend_tokens, context) - self._costs.extend(tokens, context), 0.0)
-        levels = shape.level_tokens(rows)
-        step = self._costs.step(rows=rows, extend_tokens=tokens, level_tokens=levels, nodes=nodes, context=context)
-        return float((tokens / (step + debt / REPAY_STEPS)).max())
+        fed, levels = tokens + self._arriving, shape.level_tokens(rows)
+        step = self._costs.step(rows=rows, extend_tokens=fed, level_tokens=levels, nodes=nodes, context=context)
+        debt = np.maximum(extend(sum(ahead.pending), context) - extend(fed, context), 0.0)
+        steps = np.clip(_left(ahead) * rows / tokens, 1, REPAY_STEPS)
+        return float((tokens / (step + debt / steps)).max())
 
-    def _drafting_s(self, shape: Draft, rows: int, context: int, extend_tokens: int) -> float:
-        if shape == PLAIN:
-            return 0.0
-        levels = self._costs.level(np.array(shape.level_tokens(rows)), context)
-        return self._costs.extend(extend_tokens, context) + float(levels.sum())
+    def _drafting_s(self, shape: Draft, rows: Sequence[int], ahead: Ahead) -> float:
+        levels = self._costs.level(np.array(shape.level_tokens(len(rows))), ahead.context)
+        return self._costs.extend(sum(ahead.pending[row] for row in rows), ahead.context) + float(levels.sum())
 
     def _largest_within(self, max_depth: int) -> Draft:
         depth = min(max_depth, self._largest.depth)
@@ -178,6 +219,11 @@ class Throughput:
         """Tokens per second at about `rows` running rows, once a few steps have shown it."""
         steps, tokens, seconds = self._sums.get(_bucket(rows), (0, 0.0, 0.0))
         return tokens / seconds if steps >= WARM_STEPS else None
+
+
+def _left(ahead: Ahead) -> float:
+    """Tokens that a row may still give, on average; its end may come sooner."""
+    return sum(ahead.caps) / ahead.rows + 1
 
 
 def _bucket(rows: int) -> int:

@@ -116,17 +116,18 @@ class DrawnEngine(TorchEngine):
         if drafted is None:
             return sampled
         logp = drafted.candidates.logp.tolist()
-        for r, (tile, tree) in enumerate(zip(tiles, trees, strict=True)):
+        for place, r in enumerate(drafted.rows):
+            tile, tree = tiles[r], trees[r]
             for node in range(len(tree.tokens)):
                 children = tree.children(node)
                 if not children:
                     continue
                 fade = self.fades[min(tree.depths[node], len(self.fades) - 1)]
-                chances = [fade * np.exp(logp[r][tree.candidates[child - 1]]) for child in children]
+                chances = [fade * np.exp(logp[place][tree.candidates[child - 1]]) for child in children]
                 others = next(t for t in range(len(children) + 1) if t not in {tree.tokens[c] for c in children})
                 tokens = [*(tree.tokens[child] for child in children), others]
-                place = int(np.searchsorted(np.cumsum(chances), self.dice.random(), side="right"))
-                sampled.put(tile.start + node, tokens[place])
+                drawn = int(np.searchsorted(np.cumsum(chances), self.dice.random(), side="right"))
+                sampled.put(tile.start + node, tokens[drawn])
         return sampled
 
 

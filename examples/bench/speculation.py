@@ -3,8 +3,8 @@
     python examples/bench/speculation.py --rows 1,16,64 --json examples/bench/results/speculation.json
 
 Every mode decodes the same rows, and modes take turns (`results.interleave`): ratios are what to read. Prompts are
-read before the clock starts; all rows are greedy and run to the same length. Needs the demo model, the committed head
-and the committed prompts.
+read before the clock starts, by the head too where it drafts at once; all rows are greedy and run to the same length.
+Needs the demo model, the committed head and the committed prompts.
 """
 
 from __future__ import annotations
@@ -96,6 +96,7 @@ def decode(engine: TorchEngine, requests: Sequence[Request]) -> dict[str, float]
     done = engine.step()
     while engine.reading:
         done += engine.step()
+    done += engine.step()  # here a head that drafts reads the prompts: that too is prefill
     began, before = time.perf_counter(), engine.num_tokens
     clocks = dict(engine.seconds)
     while engine.unfinished:

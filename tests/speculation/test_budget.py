@@ -46,9 +46,11 @@ stairs = st.lists(st.sampled_from([0.0, 0.1, 0.3]), min_size=60, max_size=60).ma
 throughputs = st.floats(0.1, 20)
 
 
-def run(path, cost, throughput, *, caps=None, sizes=()):
+def run(path, cost, throughput, *, caps=None, sizes=(), num_roots=None):
     caps = None if caps is None else torch.tensor(caps)
-    return select(torch.tensor(path), row_caps=caps, sizes=sizes, cost=cost, throughput=throughput).numpy()
+    roots = len(path) if num_roots is None else num_roots
+    drafted = torch.tensor(path)
+    return select(drafted, num_roots=roots, row_caps=caps, sizes=sizes, cost=cost, throughput=throughput).numpy()
 
 
 def closed(chosen, parent) -> bool:
@@ -88,6 +90,13 @@ def test_no_prefix_is_worth_more(forest, cost, throughput):
     num = int(chosen.sum())
     assert values[num] == pytest.approx(max(values), abs=1e-6)
     assert path[chosen].sum() == pytest.approx(sum(falling[:num]))
+
+
+@given(forests(), st.integers(0, 9), stairs, throughputs)
+def test_rows_without_a_draft_only_make_the_pass_larger(forest, others, cost, throughput):
+    path, _ = forest
+    drafted = run(path, lambda num: cost(num + others), throughput)
+    assert (run(path, cost, throughput, num_roots=len(path) + others) == drafted).all()
 
 
 @given(forests(rows=2, candidates=4), stairs, throughputs, st.data())

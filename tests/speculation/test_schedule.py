@@ -12,14 +12,18 @@ from hypothesis import strategies as st
 from batchgen.speculation.costs import Costs, Table
 from batchgen.speculation.hindsight import Hindsight
 from batchgen.speculation.schedule import (
+    ARRIVAL_STEPS,
     DECISION_STEPS,
+    EXPLORE_ROWS,
     EXPLORE_SHARE,
     FIRST_ROWS,
     FIRST_STEPS,
     MARGIN,
     PLAIN,
     REPAY_STEPS,
+    Ahead,
     Draft,
+    Plan,
     Schedule,
     Throughput,
 )
@@ -45,6 +49,13 @@ def pools(seed, rows, width, levels, kept=0.8):
     return lambda: np.exp(score) * kept**depth, score, parent, depth
 
 
+def ahead(rows, pending, cap, context=100, arrived=0):
+    """Rows that are alike."""
+    return Ahead(
+        context, [pending // rows] * (rows - 1) + [pending - pending // rows * (rows - 1)], [cap] * rows, arrived
+    )
+
+
 def flat(seconds, per_token=0.0):
     return Table([1, 1001], [seconds + per_token, seconds + 1001 * per_token])
 
@@ -58,7 +69,7 @@ def costs(draw):
     return Costs(*tables, draw(st.floats(0, 0.05)))
 
 
-def exhaustive(shape, rows, per_token, draft, context, pending):
+def exhaustive(shape, rows, per_token, draft, context, pending, left):
     """The best of every number of nodes, by drafting that shape and no more."""
     plain = per_token.verify(rows, context) + per_token.fixed
     if shape == PLAIN:
@@ -72,7 +83,7 @@ def exhaustive(shape, rows, per_token, draft, context, pending):
         for _ in range(shape.depth - 1):
             seconds += per_token.level(rows * shape.width, context)
         debt = per_token.extend(pending, context) - per_token.extend(tokens, context)
-        seconds += max(debt, 0) / REPAY_STEPS
+        seconds += max(debt, 0) / min(REPAY_STEPS, max(1, left * rows / tokens))
         best = max(best, tokens / seconds)
     return best
 
@@ -82,17 +93,19 @@ def exhaustive(shape, rows, per_token, draft, context, pending):
     st.integers(0, 1000),
     st.integers(1, 5),
     costs(),
-    st.integers(0, 4),
+    st.integers(0, 4) | st.integers(60, 100),
     st.integers(0, 300),
 )
 def test_the_choice_is_that_of_exhaustive_evaluation(seed, rows, per_token, max_depth, pending):
     schedule = Schedule(per_token, SMALL)
     schedule.record(*pools(seed, rows, 2, 3), 2)
-    chosen = schedule.choose(rows, 1000, pending, max_depth)
+    chosen = schedule.choose(ahead(rows, pending, max_depth, 1000))
     allowed = [shape for shape in SMALL if shape.depth <= max_depth]
     assert chosen in allowed
     values = {
-        shape: exhaustive(shape, rows, per_token, lambda s: pools(seed, rows, s.width, s.depth), 1000, pending)
+        shape: exhaustive(
+            shape, rows, per_token, lambda s: pools(seed, rows, s.width, s.depth), 1000, pending, max_depth + 1
+        )
         for shape in allowed
     }
     assert values[chosen] == pytest.approx(max(values.values()), rel=1e-6, abs=1e-9)
@@ -102,30 +115,37 @@ CHEAP = Costs(flat(0.01), flat(1e-4), flat(1e-4, 1e-6), 0.001)
 DEAR = Costs(flat(0.01, 0.01), flat(1e-4), flat(1e-4, 1e-6), 0.001)
 
 
-def test_nothing_known_drafts_the_largest_that_is_of_use():
-    schedule = Schedule(CHEAP)
-    assert schedule.choose(4, 100, 4, 9) == Draft(6, 4)
-    assert schedule.choose(4, 100, 4, 3) == Draft(3, 4)
-    assert schedule.choose(4, 100, 4, 0) == PLAIN
+def test_while_nothing_is_known_some_rows_explore_as_deep_as_is_of_use():
+    for rows, cap, deepest in ((4, 9, 6), (4, 3, 3), (64, 9, 6)):
+        plan = Schedule(CHEAP).next(ahead(rows, 2 * rows, cap))
+        assert (plan.draft, plan.explores) == (Draft(deepest, 4), True)
+        assert len(plan.rows) == min(rows, EXPLORE_ROWS)
+    assert Schedule(CHEAP).next(ahead(4, 4, 0)).draft == PLAIN
+
+
+def test_rows_with_little_to_catch_up_on_explore():
+    pending = [(7 * i) % 64 for i in range(64)]
+    plan = Schedule(CHEAP).next(Ahead(0, pending, [9] * 63 + [2], 0))
+    assert sorted(pending[row] for row in plan.rows) == list(range(EXPLORE_ROWS))
 
 
 def test_free_drafts_are_large_and_dear_ones_none():
     for per_token, expected in ((CHEAP, 6), (DEAR, 0)):
         schedule = Schedule(per_token)
         schedule.record(*pools(0, 8, 4, 6, kept=0.95), 4)
-        assert schedule.choose(8, 100, 8, 6).depth == expected
+        assert schedule.choose(ahead(8, 8, 100)).depth == expected
 
 
 def test_decisions_are_kept_until_something_changes():
     schedule = Schedule(CHEAP)
     schedule.record(*pools(0, 8, 4, 6), 4)
-    before = schedule.choose(8, 100, 8, 6)
+    before = schedule.choose(ahead(8, 8, 100))
     schedule._costs = DEAR
-    assert {schedule.choose(8, 100, 8, 6) for _ in range(DECISION_STEPS - 1)} == {before}
-    assert schedule.choose(8, 100, 8, 6) == PLAIN
+    assert {schedule.choose(ahead(8, 8, 100)) for _ in range(DECISION_STEPS - 1)} == {before}
+    assert schedule.choose(ahead(8, 8, 100)) == PLAIN
     schedule._costs = CHEAP
     schedule.record(*pools(0, 8, 4, 6), 4)
-    assert schedule.choose(8, 100, 8, 6) == before
+    assert schedule.choose(ahead(8, 8, 100)) == before
 
 
 def test_drafting_resumes_when_it_repays_the_catch_up_in_time():
@@ -138,8 +158,27 @@ def test_drafting_resumes_when_it_repays_the_catch_up_in_time():
     spare_s = (tokens * plain_s / (MARGIN * 8) - step).max()
     repaid = int(REPAY_STEPS * spare_s / 1e-6)
     assert spare_s > 0
-    assert Schedule.choose(schedule, 8, 100, int(0.8 * repaid), 6) != PLAIN
-    assert schedule.choose(8, 100, 4 * repaid, 6) == PLAIN
+    assert schedule.choose(ahead(8, int(0.8 * repaid), 1000)) != PLAIN
+    assert schedule.choose(ahead(8, 4 * repaid, 1000)) == PLAIN
+
+
+def test_rows_near_their_end_repay_less():
+    schedule = Schedule(CHEAP)
+    schedule.record(*pools(0, 8, 4, 6), 4)
+    owed = 40_000
+    assert schedule.choose(ahead(8, owed, 1000)) != PLAIN
+    assert schedule.choose(ahead(8, owed, 7)) == PLAIN
+
+
+def test_prompts_that_keep_arriving_are_paid_for_whole():
+    """40,000 tokens, 40 ms, are worth their while once; in every other step they are not."""
+    for every, drafts in ((ARRIVAL_STEPS, True), (2, False)):
+        schedule = Schedule(CHEAP)
+        schedule.record(*pools(0, 8, 4, 6), 4)
+        assert schedule.choose(ahead(8, 40_000, 1000)) != PLAIN
+        for step in range(ARRIVAL_STEPS):
+            schedule.next(ahead(8, 40_000, 1000, arrived=40_000 * (step % every == 0)))
+        assert (schedule.choose(ahead(8, 40_000, 1000)) != PLAIN) == drafts
 
 
 def test_what_promises_little_more_than_plain_steps_is_left():
@@ -149,7 +188,7 @@ def test_what_promises_little_more_than_plain_steps_is_left():
         schedule = Schedule(Costs(flat(0.02 - 8 * per_row, per_row), flat(1.0), flat(0.0), 0.0), [PLAIN, Draft(1, 1)])
         path, parent = np.full((8, 1), 0.5), np.full((8, 1), -1)
         schedule.record(lambda p=path: p, np.log(path), parent, np.ones((8, 1), int), 1)
-        assert schedule.choose(8, 0, 8, 1) == expected
+        assert schedule.choose(ahead(8, 8, 1, 0)) == expected
 
 
 class World:
@@ -157,38 +196,42 @@ class World:
 
     def __init__(self, schedule, per_token, rows):
         self.schedule, self.costs, self.rows = schedule, per_token, rows
-        self.pending = rows
+        self.pending = [1] * rows
         self.seconds = self.extra_s = self.first_s = 0.0
 
-    def steps(self, num, kept, max_depth=9):
+    def steps(self, num, kept, cap=500):
         """The shape and whether it explored, of each step."""
         truth = Hindsight([1, 2, 4])
         truth.record(*pools(0, 64, 4, 6, kept))
         for step in range(num):
-            due = {"rows": self.rows, "max_depth": max_depth, "context": 1000, "extend_tokens": self.pending}
-            usual = self.schedule.choose(**due)
-            shape, explored = self.schedule.next(**due)
-            if explored:
-                self.schedule.record(*pools(step, self.rows, 4, 6, kept), 4)
-            seconds, tokens = self._step(shape, truth)
-            self.extra_s += explored and self._drafting_s(shape) - self._drafting_s(usual)
+            due = Ahead(1000, self.pending, [cap] * self.rows, 0)
+            usual = self.schedule.choose(due)
+            plan = self.schedule.next(due)
+            if plan.explores:
+                self.schedule.record(*pools(step, len(plan.rows), 4, 6, kept), 4)
+                self.extra_s += self._drafting_s(plan.draft, plan.rows) - self._drafting_s(usual, plan.rows)
             self.first_s = self.first_s if step >= FIRST_STEPS else self.extra_s
-            self.pending = (0 if shape.depth else self.pending) + round(tokens)
+            seconds = self._step(plan, truth)
             self.seconds += seconds
             self.schedule.spent(seconds)
-            yield shape, explored
+            yield plan.draft, plan.explores
 
-    def _drafting_s(self, shape):
-        levels = sum(self.costs.level(num, 1000) for num in shape.level_tokens(self.rows))
-        return levels + self.costs.extend(self.pending, 1000) if shape.depth else 0.0
+    def _drafting_s(self, shape, rows):
+        levels = sum(self.costs.level(num, 1000) for num in shape.level_tokens(len(rows)))
+        return levels + self.costs.extend(sum(self.pending[row] for row in rows), 1000) if shape.depth else 0.0
 
-    def _step(self, shape, truth):
-        if shape == PLAIN:
-            return self.costs.verify(self.rows, 1000) + self.costs.fixed, self.rows
-        nodes, tokens = truth.tokens(shape.depth, shape.width, self.rows)
-        seconds = self.costs.verify(nodes, 1000) + self.costs.fixed + self._drafting_s(shape)
-        best = np.argmax(tokens / seconds)
-        return float(seconds[best]), float(tokens[best])
+    def _step(self, plan, truth):
+        drafting = list(plan.rows) if plan.draft != PLAIN else []
+        others = self.rows - len(drafting)
+        nodes, tokens = np.array([0]), np.array([0.0])
+        if drafting:
+            nodes, tokens = truth.tokens(plan.draft.depth, plan.draft.width, len(drafting))
+        seconds = self.costs.verify(nodes + others, 1000) + self.costs.fixed + self._drafting_s(plan.draft, drafting)
+        best = np.argmax((tokens + others) / seconds)
+        self.pending = [num + 1 for num in self.pending]
+        for row in drafting:
+            self.pending[row] = round(tokens[best] / len(drafting))
+        return float(seconds[best])
 
 
 def test_exploring_costs_its_share_and_finds_when_drafting_pays_again():
@@ -217,13 +260,12 @@ def test_the_first_rows_of_a_small_batch_are_all_explored():
 
 def test_rows_near_their_end_are_not_explored():
     schedule = Schedule(CHEAP)
-    due = {"rows": 16, "context": 0, "extend_tokens": 16}
     for seed in range(FIRST_STEPS):
         schedule.record(*pools(seed, 16, 4, 6), 4)
     schedule.spent(1e6)
-    assert not any(schedule.next(**due, max_depth=3)[1] for _ in range(100))
-    assert schedule.next(**due, max_depth=0) == (PLAIN, False)
-    assert schedule.next(**due, max_depth=6) == (Draft(6, 4), True)
+    assert not any(schedule.next(ahead(16, 16, 3)).explores for _ in range(100))
+    assert schedule.next(ahead(16, 16, 0)) == Plan(PLAIN, range(16), explores=False)
+    assert schedule.next(ahead(16, 16, 6)).explores
 
 
 def test_savings_are_not_carried_over():
@@ -231,8 +273,8 @@ def test_savings_are_not_carried_over():
     for seed in range(FIRST_STEPS):
         schedule.record(*pools(seed, 16, 4, 6), 4)
     schedule.spent(1e6)
-    due = {"rows": 16, "context": 0, "extend_tokens": 10**6, "max_depth": 6}
-    assert [schedule.next(**due)[1] for _ in range(100)].count(True) == 1
+    due = ahead(16, 10**6, 6, 0)
+    assert [schedule.next(due).explores for _ in range(100)].count(True) == 1
 
 
 def test_throughput_is_tokens_over_seconds_of_like_batches():

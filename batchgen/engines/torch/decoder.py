@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from batchgen.engines.torch.kvcache import Pool
-    from batchgen.engines.torch.layout import Layout
+    from batchgen.engines.torch.layout import Heads, Layout
 
 _LAYER_PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 _ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -41,11 +41,8 @@ class Norm:
 class Attention:
     """Self-attention over the pool, with merged q, k and v."""
 
-    def __init__(
-        self, qkv: Weight, out: Weight, norms: tuple[Norm, Norm] | None, num_heads: int, num_kv_heads: int
-    ) -> None:
-        self._qkv, self._out, self._norms = qkv, out, norms
-        self._num_heads, self._num_kv_heads = num_heads, num_kv_heads
+    def __init__(self, qkv: Weight, out: Weight, norms: tuple[Norm, Norm] | None, heads: Heads) -> None:
+        self._qkv, self._out, self._norms, self._heads = qkv, out, norms, heads
 
     def __call__(
         self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], layout: Layout, pool: Pool, layer: int
@@ -55,11 +52,11 @@ class Attention:
         k_pool, v_pool = pool.k[layer], pool.v[layer]
         head_dim = k_pool.shape[-1]
         if self._norms is not None:
-            heads = [self._num_heads, self._num_kv_heads, self._num_kv_heads]
-            q, k, v = torch.split(qkv.view(len(x), -1, head_dim), heads, 1)
+            nums = [self._heads.num_heads, self._heads.num_kv_heads, self._heads.num_kv_heads]
+            q, k, v = torch.split(qkv.view(len(x), -1, head_dim), nums, 1)
             qkv = torch.cat([self._norms[0](q)[0], self._norms[1](k)[0], v], 1).view(len(x), -1)
         at = (layout.slot_N, layout.pool_position_N)
-        q = rope_and_store(qkv, *rotary, k_pool, v_pool, *at, self._num_heads)
+        q = rope_and_store(qkv, *rotary, k_pool, v_pool, *at, self._heads.num_heads)
         out = tree_attention(q, k_pool, v_pool, layout.tiles, layout.spans, head_dim**-0.5)
         return self._out(out.view(len(x), -1))
 
@@ -85,7 +82,7 @@ class Decoder:
     # Others have the same parts and join them differently: SmolLM3 rotates in some layers only.
     KINDS = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 
-    def __init__(self, model: Any, num_heads: int, num_kv_heads: int, *, two_bytes: bool) -> None:
+    def __init__(self, model: Any, heads: Heads, *, two_bytes: bool) -> None:
         if model.config.model_type not in self.KINDS:
             raise TypeError(f"a decoder of type {model.config.model_type}")
         self._embedding = model.embed_tokens.weight.detach()
@@ -106,7 +103,7 @@ class Decoder:
             self._layers.append(
                 (
                     _norm(layer.input_layernorm),
-                    Attention(qkv, out, norms, num_heads, num_kv_heads),
+                    Attention(qkv, out, norms, heads),
                     _norm(layer.post_attention_layernorm),
                     Mlp(gate_up, Weight(*_parts(mlp.down_proj), two_bytes=two_bytes)),
                 )

@@ -45,10 +45,10 @@ class Draft:
         own = w.get("embed_tokens.weight")
         self.embedding = target.embedding if own is None or torch.equal(own, target.embedding) else own
         layer = self.config.layer
-        self._heads = layer.num_attention_heads
-        self._kv_heads = layer.num_key_value_heads or self._heads
-        self._head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // self._heads
-        self.heads = Heads(self._heads, self._kv_heads, self.dtype, self.device, self.config.window)
+        num_heads = layer.num_attention_heads
+        num_kv_heads = layer.num_key_value_heads or num_heads
+        self._head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // num_heads
+        self.heads = Heads(num_heads, num_kv_heads, self.dtype, self.device, self.config.window)
         self._rotary = LlamaRotaryEmbedding(layer).to(self.device)
 
         def norm(name: str) -> Norm:
@@ -64,7 +64,7 @@ class Draft:
         def attention(prefix: str) -> Attention:
             qkv, out = product(prefix, "q_proj", "k_proj", "v_proj"), product(prefix, "o_proj")
             norms = (norm(f"{prefix}q_norm"), norm(f"{prefix}k_norm")) if f"{prefix}q_norm.weight" in w else None
-            return Attention(qkv, out, norms, self._heads, self._kv_heads)
+            return Attention(qkv, out, norms, self.heads)
 
         self._layers = [
             (
@@ -95,7 +95,7 @@ class Draft:
     def pool(self) -> Pool:
         """An empty KV pool for the head's layers."""
         layers = self.config.layer.num_hidden_layers
-        return Pool(layers, self._kv_heads, self._head_dim, self.dtype, self.device)
+        return Pool(layers, self.heads.num_kv_heads, self._head_dim, self.dtype, self.device)
 
     def layout(self, tiles: list[Tile], spans: list[Span]) -> Layout:
         """Lay out a pass for this head."""
@@ -140,8 +140,8 @@ class Draft:
         def run(layout: Layout, token_ids: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
             return (self.forward(token_ids, hidden, layout, pool),)
 
+        out: torch.Tensor
         [out] = self._graphs.run("extend", run, pool, layout, token_ids, features)
-        assert out is not None
         return out
 
     def level(
@@ -154,9 +154,6 @@ class Draft:
             return out, *self.top(out, width)
 
         out, logp, children = self._graphs.run(f"level {width}", run, pool, layout, token_ids, hidden)
-        assert out is not None
-        assert logp is not None
-        assert children is not None
         return out, logp, children
 
     @torch.no_grad()

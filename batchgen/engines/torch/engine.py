@@ -19,6 +19,7 @@ from batchgen.engines.torch.layout import Tile, upload
 from batchgen.engines.torch.rows import Row
 from batchgen.engines.torch.slots import Slots
 from batchgen.engines.torch.width import Drafted, FixedTree, Step
+from batchgen.speculation.schedule import Ahead
 from batchgen_kernels.tree_attention import MAX_NODES, Span
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class TorchEngine:
         if memory_bytes is None:
             memory_bytes = int(0.6 * free_bytes(target.device))
         models: list[Target | Draft] = [target] if self._draft is None else [target, self._draft]
-        self._slots = Slots(batch_size, target.max_tokens, memory_bytes, lambda: [model.pool() for model in models])
+        self._slots = Slots(batch_size, target.max_tokens, memory_bytes, models)
         self._rows = self._slots.rows
         self.running = self.num_tokens = 0
         self.seconds = {"draft": 0.0, "target": 0.0, "host": 0.0}  # where the time of passes went
@@ -97,9 +98,8 @@ class TorchEngine:
 
     def close(self) -> None:
         """Forget all rows and give the pools back."""
-        self._slots.waiting.clear()
-        self._rows.clear()
-        self._slots.pools.clear()
+        self._slots.clear()
+        self._target.graphs.clear()
 
     def step(self) -> list[Completion]:
         """Admit what fits, then advance every decoding row by one verification and the prompts by a chunk."""
@@ -168,7 +168,7 @@ class TorchEngine:
         if self._width is not None and self._draft is not None and rows:
             num_tokens = self.num_tokens - before - len(ends)
             times = (grown - began, ended - grown)
-            reached = _reached(tiles, trees, walks, sampled) if drafted is not None else []
+            reached = _reached(drafted, tiles, trees, walks, sampled) if drafted is not None else []
             self._width.spent(Step(len(rows), context, num_nodes, num_tokens, *times, bool(spans), drafted), reached)
 
     def _sample(
@@ -190,16 +190,23 @@ class TorchEngine:
             return None, forest.root_only(roots)
         # A step emits one token more than it accepts, so the last token of a row is never worth drafting.
         caps = [row.limit - len(row.tokens) - 1 for row in rows]
-        pending = sum(row.seen - row.draft_len for row in rows)
-        context = sum(row.seen for row in rows)
-        shape = self._width.shape(len(rows), context, pending, max(caps))
-        if shape is None:
-            return None, forest.root_only(roots)
-        state = self._catch_up(self._draft, slots)
-        lengths = [row.draft_len for row in rows]
-        candidates = forest.grow(self._draft, self._slots.pools[1], slots, state, lengths, shape).on_host()
-        kept = self._width.keep(candidates, torch.tensor(caps), shape, context)
-        return Drafted(shape, pending, candidates), forest.trees(candidates, kept, roots)
+        pending = [row.seen - row.draft_len for row in rows]
+        arrived = sum(num for num, row in zip(pending, rows, strict=True) if not row.acceptance.target_steps)
+        ahead = Ahead(sum(row.seen for row in rows), pending, caps, arrived)
+        plan = self._width.plan(ahead)
+        trees = forest.root_only(roots)
+        if plan is None:
+            return None, trees
+        shape, drafting = plan
+        drafts = [slots[r] for r in drafting]
+        state = self._catch_up(self._draft, drafts)
+        lengths = [rows[r].draft_len for r in drafting]
+        candidates = forest.grow(self._draft, self._slots.pools[1], drafts, state, lengths, shape).on_host()
+        kept = self._width.keep(candidates, torch.tensor([caps[r] for r in drafting]), shape, ahead)
+        grown = forest.trees(candidates, kept, [roots[r] for r in drafting])
+        for r, tree in zip(drafting, grown, strict=True):
+            trees[r] = tree
+        return Drafted(shape, drafting, sum(pending[r] for r in drafting), candidates), trees
 
     def _catch_up(self, draft: Draft, slots: list[int], hold_back: int = 0) -> torch.Tensor:
         """Write the draft slots of all pending features but each row's last `hold_back`; each row's last output."""
@@ -315,13 +322,14 @@ class TorchEngine:
 
 
 def _reached(
-    tiles: list[Tile], trees: list[forest.RowTree], walks: list[verify.Walk], sampled: verify.Sampled
+    drafted: Drafted, tiles: list[Tile], trees: list[forest.RowTree], walks: list[verify.Walk], sampled: verify.Sampled
 ) -> list[tuple[int, int, float]]:
-    """(row, candidate, chance) of every drafted child of the root and of accepted nodes."""
+    """(row of the draft, candidate, chance) of every drafted child of the root and of accepted nodes."""
     places, asked = [], []
-    for r, (tile, tree, walked) in enumerate(zip(tiles, trees, walks, strict=True)):
-        for node in (0, *walked.path):
+    for place, r in enumerate(drafted.rows):
+        tree = trees[r]
+        for node in (0, *walks[r].path):
             for child in tree.children(node):
-                places.append((r, tree.candidates[child - 1]))
-                asked.append((tile.start + node, tree.tokens[child]))
+                places.append((place, tree.candidates[child - 1]))
+                asked.append((tiles[r].start + node, tree.tokens[child]))
     return [(*place, chance) for place, chance in zip(places, sampled.chances(asked), strict=True)]

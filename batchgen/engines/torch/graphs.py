@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from batchgen.engines.torch.kvcache import Pool
 
-Outputs: TypeAlias = "tuple[torch.Tensor | None, ...]"
+Outputs: TypeAlias = "tuple[Any, ...]"  # tensors, or None
 Packed: TypeAlias = "Callable[..., Outputs]"  # of a layout and inputs [N, ...]; outputs are [N, ...] too
 Capture: TypeAlias = "Callable[[Callable[[], Outputs]], tuple[Callable[[], None], Outputs]]"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from batchgen.engines.torch.kvcache import free_bytes
@@ -13,7 +14,7 @@ from batchgen.speculation.costs import Costs, Table
 from batchgen_kernels.tree_attention import MAX_NODES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from batchgen.engines.torch.draft import Draft
     from batchgen.engines.torch.layout import Layout
@@ -40,7 +41,7 @@ def measure(target: Target, draft: Draft, batch_size: int) -> Costs:
 
     def verify(tokens: int, context: int) -> None:
         ids = torch.arange(tokens, device=target.device)
-        layout = _layout(target.layout, tokens, batch_size, context)
+        layout = _layout(target.layout, _spent(tokens, batch_size), context)
         final, captured, logits = target.verify(ids, layout, pool)
         logits.argmax(-1).tolist()
         draft.fuse(final, captured)
@@ -57,13 +58,12 @@ def measure(target: Target, draft: Draft, batch_size: int) -> Costs:
     def drafted(tokens: int, context: int) -> tuple[torch.Tensor, torch.Tensor, Layout]:
         ids = torch.arange(tokens, device=target.device)
         state = hidden.new_zeros(tokens, draft.config.layer.hidden_size)
-        return ids, state, _layout(draft.layout, tokens, batch_size, context)
+        return ids, state, _layout(draft.layout, _evenly(tokens, batch_size), context)
 
     def table(run: Callable[[int, int], None]) -> Table:
-        seconds = [_seconds(run, n, _SHORT) for n in grid]
         rows = min(batch_size, grid[-1])
         at = grid.index(max(n for n in grid if n <= rows))
-        longer = _seconds(run, grid[at], _LONG)
+        *seconds, longer = _seconds(run, [*((n, _SHORT) for n in grid), (grid[at], _LONG)])
         per_context_token = max(0.0, (longer - seconds[at]) / (grid[at] * (_LONG - _SHORT)))
         bare = [s - per_context_token * min(n, batch_size) * _SHORT for n, s in zip(grid, seconds, strict=True)]
         return Table(grid, [max(s, 1e-6) for s in bare], per_context_token)
@@ -75,11 +75,26 @@ def measure(target: Target, draft: Draft, batch_size: int) -> Costs:
     return costs
 
 
-def _layout(lay: Callable[..., Layout], tokens: int, batch_size: int, context: int) -> Layout:
+def _evenly(tokens: int, batch_size: int) -> list[int]:
     rows = min(tokens, batch_size)
+    return [tokens // rows + (row < tokens % rows) for row in range(rows)]
+
+
+def _spent(tokens: int, batch_size: int) -> list[int]:
+    """Nodes of each row as a budget spends them where the rows' acceptance rates are spread over (0, 1).
+
+    Evenly spread nodes would make a cheaper pass: where SDPA attends, a wide tree pads its neighbours.
+    """
+    rows = min(tokens, batch_size)
+    rate = np.random.default_rng(0).permutation((np.arange(rows) + 0.5) / rows)
+    path = rate[:, None] ** np.arange(1, MAX_NODES)
+    best = np.argsort(-path, axis=None, kind="stable")[: tokens - rows]
+    return list(1 + np.bincount(best // path.shape[1], minlength=rows))
+
+
+def _layout(lay: Callable[..., Layout], counts: Sequence[int], context: int) -> Layout:
     tiles, start = [], 0
-    for slot in range(rows):
-        num = tokens // rows + (slot < tokens % rows)
+    for slot, num in enumerate(counts):
         bits = [(2 << t) - 1 for t in range(num)]
         tiles.append(Tile(start, slot, context, bits, list(range(num)), [context + t for t in range(num)]))
         start += num
@@ -87,11 +102,17 @@ def _layout(lay: Callable[..., Layout], tokens: int, batch_size: int, context: i
     return layout
 
 
-def _seconds(run: Callable[[int, int], None], tokens: int, context: int) -> float:
-    """The faster of two, after one that pays for first use."""
+def _seconds(run: Callable[[int, int], None], points: Sequence[tuple[int, int]]) -> list[float]:
+    """The fastest of three at each point, after one that pays for first use.
+
+    Points take turns: what counts is how they differ, and a machine's speed drifts.
+    """
     taken = []
-    for _ in range(3):
-        began = time.perf_counter()
-        run(tokens, context)
-        taken.append(time.perf_counter() - began)
-    return min(taken[1:])
+    for _ in range(4):
+        turn = []
+        for tokens, context in points:
+            began = time.perf_counter()
+            run(tokens, context)
+            turn.append(time.perf_counter() - began)
+        taken.append(turn)
+    return [min(each[1:]) for each in zip(*taken, strict=True)]

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING
 from batchgen_kernels.tree_attention import MAX_NODES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
+    from batchgen.engines.torch.draft import Draft
     from batchgen.engines.torch.kvcache import Pool
     from batchgen.engines.torch.rows import Row
+    from batchgen.engines.torch.target import Target
 
 # Steps without trouble after which one row more may run, once memory has run out.
 CALM_STEPS = 256
 
 
 class Slots:
-    """Up to `capacity` running rows over pools that `new_pools` makes, the target's first, within `memory_bytes`.
+    """Up to `capacity` running rows over a pool of each of `models`, the target first, within `memory_bytes` in all.
 
     rows: the running rows, by slot
     waiting: those that wait, in the order of their turns
@@ -31,14 +31,18 @@ class Slots:
     num_preempted: how often a row gave its slot up
     """
 
-    def __init__(self, capacity: int, max_tokens: int, memory_bytes: int, new_pools: Callable[[], list[Pool]]) -> None:
+    def __init__(self, capacity: int, max_tokens: int, memory_bytes: int, models: list[Target | Draft]) -> None:
         self.rows: list[Row] = []
         self.waiting: deque[Row] = deque()
         self.num_preempted = 0
         self._capacity, self._max_tokens, self._memory_bytes = capacity, max_tokens, memory_bytes
-        self._new_pools = new_pools
+        self._models = models
         self._limit, self._calm = capacity, 0
-        self.pools = new_pools()
+        self.pools: list[Pool] = []
+        self._empty_pools()
+
+    def _empty_pools(self) -> None:
+        self.pools = [model.pool() for model in self._models]
 
     def admit(self) -> list[Row]:
         """Give slots to rows in their turn while there are any and memory lasts; returns rows that can never run."""
@@ -125,12 +129,16 @@ class Slots:
             self._limit, self._calm = max(1, len(self.rows) // 2), 0
             while self.rows:  # the pass broke off anywhere: no cache is trusted
                 self._preempt()
-        self.pools = self._new_pools()
+        self._empty_pools()
 
     def without_draft(self) -> None:
         """Let the draft's pool go, and what rows held back for it."""
-        del self.pools[1:]
-        new_pools = self._new_pools
-        self._new_pools = lambda: new_pools()[:1]
+        del self.pools[1:], self._models[1:]
         for row in (*self.rows, *self.waiting):
             row.pending = []
+
+    def clear(self) -> None:
+        """Forget all rows, and let the pools go."""
+        self.rows.clear()
+        self.waiting.clear()
+        self._empty_pools()

@@ -96,8 +96,9 @@ class Target:
         self.lm_head = Weight(*_weight_and_bias(model.get_output_embeddings()), two_bytes=self.two_bytes)
         self.embedding: torch.Tensor = model.get_input_embeddings().weight.detach()
         self.num_layers = int(config.num_hidden_layers)
-        self._heads = int(config.num_attention_heads)
-        self._group = self._heads // (getattr(config, "num_key_value_heads", None) or self._heads)
+        num_heads = int(config.num_attention_heads)
+        num_kv_heads = int(getattr(config, "num_key_value_heads", None) or num_heads)
+        self._heads = Heads(num_heads, num_kv_heads, self.dtype, device)
         self.max_tokens = int(config.max_position_embeddings)
         self.eos_token_ids = _eos_token_ids(path, config)
         self._capture: tuple[int, ...] = ()
@@ -132,7 +133,7 @@ class Target:
         except _CANNOT_RUN as error:
             raise self._refused(model, path, _first_line(error)) from error
         try:
-            self._ours = Decoder(self._theirs, self._heads, self._heads // self._group, two_bytes=self.two_bytes)
+            self._ours = Decoder(self._theirs, self._heads, two_bytes=self.two_bytes)
             if self._differs(own) is None:
                 self._theirs = None  # its weights live on in ours
                 if self.device.type == "cuda":
@@ -167,13 +168,12 @@ class Target:
 
     def pool(self) -> Pool:
         """An empty KV pool for this model."""
-        head_dim = getattr(self.config, "head_dim", None) or self.config.hidden_size // self._heads
-        return Pool(self.num_layers, self._heads // self._group, head_dim, self.dtype, self.device)
+        head_dim = getattr(self.config, "head_dim", None) or self.config.hidden_size // self._heads.num_heads
+        return Pool(self.num_layers, self._heads.num_kv_heads, head_dim, self.dtype, self.device)
 
     def layout(self, tiles: list[Tile], spans: list[Span]) -> Layout:
         """Lay out a pass for this model."""
-        heads = Heads(self._heads, self._heads // self._group, self.dtype, self.device)
-        return Layout.of(tiles, spans, heads)
+        return Layout.of(tiles, spans, self._heads)
 
     def capture(self, layers: Sequence[int]) -> None:
         """From now on `forward` also returns the residual stream after exactly these decoder layers."""
@@ -226,8 +226,6 @@ class Target:
             return final, captured, self.logits(final)
 
         hidden, features, logits = self.graphs.run("verify", run, pool, layout, token_ids)
-        assert hidden is not None
-        assert logits is not None
         return hidden, features, logits
 
     @torch.no_grad()

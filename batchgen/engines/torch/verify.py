@@ -134,7 +134,8 @@ def draw(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
     if not draws:
         return []
     device = logits.device
-    words = upload(np.array([position_words(each.key, each.position) for each in draws], np.int64).T.copy(), device)
+    noise = [position_words(d.key, d.position) if d.sampling.temperature > 0.0 else (0, 0) for d in draws]
+    words = upload(np.array(noise, np.int64).T.copy(), device)
     temperature = upload(np.array([each.sampling.temperature for each in draws], np.float32), device)
     least = torch.full_like(temperature, float("-inf"))
     warm = [n for n, each in enumerate(draws) if each.sampling.temperature > 0.0]

@@ -24,13 +24,15 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from batchgen.speculation.costs import Costs
+    from batchgen.speculation.schedule import Ahead
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Drafted:
-    """What one step drafted, after catching up on `extend_tokens`."""
+    """What one step drafted for `rows` of its decoding rows, after catching up on `extend_tokens`."""
 
     shape: Shape
+    rows: Sequence[int]
     extend_tokens: int
     candidates: Candidates
 
@@ -56,14 +58,11 @@ class Step:
 class Width(Protocol):
     """Decides what each step drafts and verifies."""
 
-    def shape(self, rows: int, context: int, pending: int, max_depth: int) -> Shape | None:
-        """What to draft for `rows` rows, of which none can use more than `max_depth` levels; None for a plain step.
+    def plan(self, ahead: Ahead) -> tuple[Shape, Sequence[int]] | None:
+        """What to draft, and for which rows; None for a plain step."""
 
-        `context` as in `Step`; `pending` tokens must be caught up on before anything is drafted.
-        """
-
-    def keep(self, candidates: Candidates, depth_caps: torch.Tensor, shape: Shape, context: int) -> torch.Tensor:
-        """The candidates to verify, bool [B, P], each with its parent and none below `depth_caps` [B]."""
+    def keep(self, candidates: Candidates, caps: torch.Tensor, shape: Shape, ahead: Ahead) -> torch.Tensor:
+        """The candidates to verify, bool [B, P] of B rows that drafted, each with its parent and none below `caps`."""
 
     def spent(self, step: Step, reached: Sequence[tuple[int, int, float]]) -> None:
         """Learn from a step: what it took, and (row, candidate, probability under the target) of judged candidates."""
@@ -78,14 +77,14 @@ class FixedTree:
     def __init__(self, shape: Shape) -> None:
         self._shape = shape
 
-    def shape(self, rows: int, context: int, pending: int, max_depth: int) -> Shape | None:
+    def plan(self, ahead: Ahead) -> tuple[Shape, Sequence[int]] | None:
         """See `Width`."""
-        depth = min(self._shape.depth, max_depth)
-        return dataclasses.replace(self._shape, depth=depth) if depth > 0 else None
+        depth = min(self._shape.depth, max(ahead.caps))
+        return (dataclasses.replace(self._shape, depth=depth), range(ahead.rows)) if depth > 0 else None
 
-    def keep(self, candidates: Candidates, depth_caps: torch.Tensor, shape: Shape, context: int) -> torch.Tensor:
+    def keep(self, candidates: Candidates, caps: torch.Tensor, shape: Shape, ahead: Ahead) -> torch.Tensor:
         """See `Width`."""
-        return forest.likeliest(candidates, depth_caps, shape.nodes)
+        return forest.likeliest(candidates, caps, shape.nodes)
 
     def spent(self, step: Step, reached: Sequence[tuple[int, int, float]]) -> None:
         """See `Width`."""
@@ -112,44 +111,41 @@ class AutoTree:
         self._num_steps = self._num_drafting = self._num_nodes = self._num_roots = self._num_tokens = 0
         self._forecast = 0.0
 
-    def shape(self, rows: int, context: int, pending: int, max_depth: int) -> Shape | None:
+    def plan(self, ahead: Ahead) -> tuple[Shape, Sequence[int]] | None:
         """See `Width`."""
-        self._expected = float(rows)
-        chosen, self._exploring = self._schedule.next(
-            rows=rows,
-            context=context,
-            extend_tokens=pending,
-            max_depth=max_depth,
-        )
-        return None if chosen == PLAIN else Shape(chosen.depth, chosen.width, MAX_NODES - 1)
+        self._expected = float(ahead.rows)
+        plan = self._schedule.next(ahead)
+        self._exploring = plan.explores
+        return None if plan.draft == PLAIN else (Shape(plan.draft.depth, plan.draft.width, MAX_NODES - 1), plan.rows)
 
-    def keep(self, candidates: Candidates, depth_caps: torch.Tensor, shape: Shape, context: int) -> torch.Tensor:
+    def keep(self, candidates: Candidates, caps: torch.Tensor, shape: Shape, ahead: Ahead) -> torch.Tensor:
         """See `Width`."""
-        path = self._path(candidates, depth_caps, shape)
+        path = self._path(candidates, caps, shape)
         if self._exploring:
             columns = (candidates.score, candidates.parent, candidates.depth)
             score, parent, depth = (column.numpy() for column in columns)
             self._schedule.record(
-                lambda: self._path(candidates, depth_caps, shape).numpy(), score, parent, depth, shape.width
+                lambda: self._path(candidates, caps, shape).numpy(), score, parent, depth, shape.width
             )
-        rows = len(path)
-        levels = Draft(shape.depth, shape.width).level_tokens(rows)
+        rows = ahead.rows
+        levels = Draft(shape.depth, shape.width).level_tokens(len(path))
         kept = budget.select(
             path,
-            row_caps=torch.full_like(depth_caps, shape.nodes) if path.shape[1] > shape.nodes else None,
+            num_roots=rows,
+            row_caps=torch.full_like(caps, shape.nodes) if path.shape[1] > shape.nodes else None,
             sizes=self._sizes,
             cost=lambda nodes: np.asarray(
-                self.costs.step(rows=rows, extend_tokens=rows, level_tokens=levels, nodes=nodes, context=context)
+                self.costs.step(rows=rows, extend_tokens=rows, level_tokens=levels, nodes=nodes, context=ahead.context)
             ),
             throughput=self._throughput.value(rows),
         )
         self._expected += float(path[kept].sum())
         return kept
 
-    def _path(self, candidates: Candidates, depth_caps: torch.Tensor, shape: Shape) -> torch.Tensor:
-        """The probability that each candidate is kept, float32 [B, P]; 0 below `depth_caps`."""
+    def _path(self, candidates: Candidates, caps: torch.Tensor, shape: Shape) -> torch.Tensor:
+        """The probability that each candidate is kept, float32 [B, P]; 0 below `caps` [B]."""
         accepted = self._calibration.acceptance(candidates.logp, candidates.rank, candidates.depth)
-        path = torch.where(candidates.depth <= depth_caps[:, None], accepted, 0.0)
+        path = torch.where(candidates.depth <= caps[:, None], accepted, 0.0)
         start = shape.width
         for _ in range(1, shape.depth):
             stop = start + shape.width**2
@@ -186,7 +182,7 @@ class AutoTree:
         drafted = step.drafted
         if drafted is None:
             return 0.0
-        levels = Draft(drafted.shape.depth, drafted.shape.width).level_tokens(step.rows)
+        levels = Draft(drafted.shape.depth, drafted.shape.width).level_tokens(len(drafted.rows))
         extend = float(self.costs.extend(drafted.extend_tokens, step.context))
         each = [float(self.costs.level(tokens, step.context)) for tokens in levels]
         ratio = step.draft_s / (extend + sum(each))

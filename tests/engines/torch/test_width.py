@@ -22,21 +22,22 @@ def costs(a_node: float, a_level: float = 0.001) -> Costs:
 
 
 class Moody(FixedTree):
-    """Drafts in some steps only."""
+    """Drafts in some steps only, and then for every other row."""
 
     def __init__(self, shape: Shape, steps: set[int]) -> None:
         super().__init__(shape)
         self.steps, self.step = steps, 0
 
-    def shape(self, rows, context, pending, max_depth):
+    def plan(self, ahead):
         self.step += 1
-        return super().shape(rows, context, pending, max_depth) if self.step in self.steps else None
+        plan = super().plan(ahead) if self.step in self.steps else None
+        return plan and (plan[0], plan[1][self.step % 2 :: 2] or plan[1])
 
 
 class Idle(FixedTree):
     """Drafts in every step and verifies none of it, so that every place is passed."""
 
-    def keep(self, candidates, depth_caps, shape, context):
+    def keep(self, candidates, caps, shape, ahead):
         return torch.zeros_like(candidates.token, dtype=torch.bool)
 
 
@@ -51,7 +52,7 @@ class Watched(TorchEngine):
         before = [tuple(self._rows[slot].tokens) for slot in slots]
         drafted, trees = super()._grow(slots)
         if drafted is not None:
-            self.logp |= dict(zip(before, drafted.candidates.logp.tolist(), strict=True))
+            self.logp |= dict(zip([before[r] for r in drafted.rows], drafted.candidates.logp.tolist(), strict=True))
         return drafted, trees
 
 

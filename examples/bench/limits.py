@@ -1,0 +1,131 @@
+"""How much speculation could give on this machine with this head, if nothing were ever guessed wrong.
+
+    python examples/bench/limits.py --rows 1,4,16,64 --json examples/bench/results/limits.json
+
+The head drafts a wide tree for every row, its likeliest nodes are verified, and what was accepted is counted by depth
+and rank. From that and from the measured costs of passes follow, for every number of rows, as multiples of plain
+decoding:
+
+    oracle    the best shape of drafts, of which only nodes that will be accepted are verified
+    perfect   the best depth of chains of a head that is always right
+    needed    the share of right chains of one token at which drafting them for all rows breaks even
+
+What `tree: auto` reaches lies below `oracle`; where `perfect` is low it is the machine that has nothing to give away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from results import write
+from speculation import Machine
+
+from batchgen.engines.torch.engine import TorchEngine
+from batchgen.engines.torch.forest import Shape
+from batchgen.engines.torch.measure import measure
+from batchgen.engines.torch.width import FixedTree
+from batchgen.speculation.schedule import PLAIN, SHAPES, Draft
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from batchgen.engines.torch.width import Step
+    from batchgen.speculation.costs import Costs
+
+WIDEST = Shape(6, 4, 31)
+
+
+class Watch(FixedTree):
+    """Verifies a wide tree, and keeps the ranks of what was accepted: a list for every row and step."""
+
+    def __init__(self) -> None:
+        super().__init__(WIDEST)
+        self.ranks: list[list[int]] = []
+
+    def spent(self, step: Step, reached: Sequence[tuple[int, int, float]]) -> None:
+        """See `width.Width`; rows are greedy, so a chance is 0 or 1."""
+        if step.drafted is None:
+            return
+        found: list[list[int]] = [[] for _ in step.drafted.rows]
+        for row, column, chance in reached:
+            if chance == 1.0:
+                found[row].append(int(step.drafted.candidates.rank[row, column]))
+        self.ranks += found
+
+
+def kept(ranks: list[list[int]], depth: int, width: int) -> float:
+    """Tokens accepted a step by trees of `depth` and `width`, root excluded."""
+    lengths = []
+    for row in ranks:
+        within = [rank < width for rank in row[:depth]]
+        lengths.append(within.index(False) if False in within else len(within))
+    return float(np.mean(lengths))
+
+
+def seconds(costs: Costs, rows: int, tokens: float, shape: Draft, context: int) -> float:
+    """A step that verifies just the `tokens` that it gives."""
+    if shape == PLAIN:
+        return costs.verify(rows, context)
+    drafting = float(costs.level(np.array(shape.level_tokens(rows)), context).sum()) + costs.extend(tokens, context)
+    return float(costs.verify(tokens, context)) + drafting
+
+
+def limits(costs: Costs, ranks: list[list[int]], rows: int, context: int) -> dict[str, float]:
+    """See the top of this file."""
+    plain = seconds(costs, rows, rows, PLAIN, context)
+
+    def ratio(accepted: float, shape: Draft) -> float:
+        tokens = rows * (1 + accepted)
+        return tokens / rows * plain / seconds(costs, rows, tokens, shape, context)
+
+    drafts = [shape for shape in SHAPES if shape != PLAIN]
+    oracle = max(drafts, key=lambda shape: ratio(kept(ranks, shape.depth, shape.width), shape))
+    one = float(costs.verify(2 * rows, context)) + costs.extend(2 * rows, context)
+    return {
+        "oracle": round(ratio(kept(ranks, oracle.depth, oracle.width), oracle), 3),
+        "oracle_depth": oracle.depth,
+        "oracle_width": oracle.width,
+        "perfect": round(max(ratio(depth, Draft(depth, 1)) for depth in range(1, 7)), 3),
+        "needed": round(one / plain - 1, 3),
+    }
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    options.add_argument("--device", default="cpu")
+    options.add_argument("--rows", default="1,2,4,8,16,32,64", help="numbers of running rows")
+    options.add_argument("--prompts", type=int, default=24, help="rows by which the head is judged")
+    options.add_argument("--max-tokens", type=int, default=64)
+    options.add_argument("--context", type=int, default=256, help="tokens before each root")
+    options.add_argument("--json", type=Path)
+    args = options.parse_args()
+
+    machine = Machine(args.dtype, args.device)
+    watch = Watch()
+    engine = TorchEngine(machine.target, machine.draft, decode=machine.tokenizer.decode, batch_size=8, width=watch)
+    for request in machine.requests(args.prompts, [args.max_tokens]):
+        engine.submit(request)
+    while engine.unfinished:
+        engine.step()
+    chain = [kept(watch.ranks, depth, 1) for depth in range(WIDEST.depth + 1)]
+    reached = [1.0, *(after - before for before, after in itertools.pairwise(chain))]
+    by_depth = [round(after / before, 3) for before, after in itertools.pairwise(reached)]
+    results: list[dict[str, object]] = [
+        {"acceptance_by_depth": by_depth, "acceptance_length_of_chains": [round(1 + k, 3) for k in chain[1:]]}
+    ]
+    for rows in map(int, args.rows.split(",")):
+        costs = measure(machine.target, machine.draft, rows)
+        results.append({"rows": rows} | limits(costs, watch.ranks, rows, rows * args.context))
+    for fact in results:
+        print(json.dumps(fact), flush=True)
+    write(args.json, results, args, args.device)
+
+
+if __name__ == "__main__":
+    main()
