@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import statistics
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchgen import provenance
@@ -12,7 +13,6 @@ from batchgen import provenance
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
 
 def interleave(
@@ -47,13 +47,13 @@ def interleave(
 
 
 def write(file: Path | None, results: list[dict[str, Any]], args: argparse.Namespace, device: str) -> None:
-    """Write `results` to `file`, nowhere if it is None."""
+    """Write `results` to `file`, nowhere if it is None; folders of one machine stay out of it."""
     if file is None:
         return
     about = {
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "device": provenance.machine(device),
         "versions": provenance.versions(),
-        "options": {name: str(value) for name, value in vars(args).items() if name != "json"},
+        "options": {name: str(value) for name, value in vars(args).items() if not Path(str(value)).is_absolute()},
     }
     file.write_text(json.dumps({"results": results} | about, indent=2) + "\n")
