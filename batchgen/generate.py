@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from batchgen.record import Completion, Request
 
@@ -50,6 +50,22 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Give the device memory back. Unfinished requests are forgotten."""
+
+
+def reaches_stop(token_ids: Sequence[int], stop: Sequence[str], decode: Callable[[Sequence[int]], str]) -> bool:
+    """Whether the last of the completion's `token_ids` completes a stop string, none before having done so."""
+    # A token is at least one byte, so a stop string that the newest token completes lies within this many tokens.
+    reach = max(len(string.encode()) for string in stop) + 8
+    return first_stop(decode(token_ids[-reach:]), stop) is not None
+
+
+def completed_text(
+    token_ids: Sequence[int], ends: frozenset[int], stop: Sequence[str], decode: Callable[[Sequence[int]], str]
+) -> str:
+    """The text of a completion, without the token of `ends` that ended it and from no stop string on."""
+    text = decode(token_ids[:-1] if token_ids and token_ids[-1] in ends else token_ids)
+    cut = first_stop(text, stop)
+    return text if cut is None else text[:cut]
 
 
 def first_stop(text: str, stop: Sequence[str]) -> int | None:

@@ -141,7 +141,8 @@ class Completion:
     """One finished sample; times are wall-clock seconds from submit to admission, first token and end.
 
     `token_ids` ends with the end-of-sequence or stop token where there is one; `text` has neither it nor a stop string.
-    A sample that the engine could not generate has `finish_reason` "error" and both error fields set.
+    A sample that the engine could not generate has `finish_reason` "error" and both error fields set. `attempts` counts
+    how often it was begun: more than once where an engine died.
     """
 
     key: Hashable
@@ -153,6 +154,7 @@ class Completion:
     queue_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    attempts: int = 1
     error_type: str | None = None
     error: str | None = None
 
@@ -225,7 +227,7 @@ def finished(row: Row, completion: Completion, *, engine: str, worker: str, shar
         "status": "error" if failed else "ok",
         "error_type": completion.error_type,
         "error": completion.error,
-        "attempts": 1,
+        "attempts": completion.attempts,
         "prompt_tokens": len(row.prompt_token_ids or ()),
         "completion_tokens": num_tokens,
         "target_steps": acceptance.target_steps,

@@ -117,7 +117,7 @@ class EngineSpec(_Part):
         default="torch", description="torch: our own; vllm: vLLM; rehearsal: made-up text, to try a job out."
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda if there is one.")
-    options: dict[str, Any] = Field(default={}, description="Passed to the vllm or rehearsal engine as they are.")
+    options: dict[str, Any] = Field(default={}, description="vllm: its EngineArgs; rehearsal: its script.")
 
 
 class Tree(_Part):
@@ -231,7 +231,6 @@ _NOT_YET: _Rules = {
     "workers.address: is for the Ray executor, which this version does not have; leave it out": (
         lambda v: v["workers.address"] is not None
     ),
-    "engine.kind: this version does not have the vllm engine; use torch": lambda v: v["engine.kind"] == "vllm",
     "screen.pii: this version does not look for personal data; use off, and clean the table before the job": (
         lambda v: v["screen.pii"] != "off"
     ),
@@ -258,11 +257,20 @@ _IMPOSSIBLE: _Rules = {
     "engine.device: the rehearsal engine runs no model; leave it out": (
         lambda v: v["engine.kind"] == "rehearsal" and v["engine.device"] != "auto"
     ),
+    "speculation.tree: vLLM drafts chains; use width 1, auto or off": (
+        lambda v: v["engine.kind"] == "vllm" and _width(v["speculation.tree"]) > 1
+    ),
     "speculation.tree: a tree needs a draft head; set model.draft, or use auto or off": (
-        lambda v: v["model.draft"] is None and isinstance(v["speculation.tree"], dict)
+        lambda v: isinstance(v["speculation.tree"], dict) and not _drafts(v)
     ),
     "speculation.min_acceptance: nothing is drafted without a draft head; set model.draft or leave this out": (
-        lambda v: v["speculation.min_acceptance"] is not None and v["model.draft"] is None
+        lambda v: v["speculation.min_acceptance"] is not None and not _drafts(v)
+    ),
+    "engine.options: speculative_config names ngram or suffix, which draft without a head; leave model.draft out": (
+        lambda v: v["model.draft"] is not None and _method(v) in ("ngram", "suffix")
+    ),
+    "engine.options: speculative_config needs model.draft, unless its method is ngram or suffix": (
+        lambda v: v["model.draft"] is None and _method(v) not in (None, "ngram", "suffix")
     ),
     "speculation.min_acceptance: nothing is drafted with speculation.tree: off; leave one of them out": (
         lambda v: v["speculation.min_acceptance"] is not None and v["speculation.tree"] == "off"
@@ -278,6 +286,21 @@ _IMPOSSIBLE: _Rules = {
         lambda v: _finds(v["input.path"], v["output.path"])
     ),
 }
+
+
+def _method(v: Mapping[str, Any]) -> str | None:
+    """What vLLM is told to draft by in engine.options, None if it is not told to."""
+    speculative = v["engine.options"].get("speculative_config") if v["engine.kind"] == "vllm" else None
+    return str(speculative.get("method", "eagle3")) if isinstance(speculative, dict) else None
+
+
+def _width(tree: Any) -> int:
+    return int(tree.get("width", 1)) if isinstance(tree, dict) else 1
+
+
+def _drafts(v: Mapping[str, Any]) -> bool:
+    return v["model.draft"] is not None or _method(v) is not None
+
 
 _NOT_OFFERED: dict[Key, str] = {
     ("input", "sampling", "n"): "cannot differ by row, as the number of output rows must be known beforehand",

@@ -5,8 +5,13 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
+import hashlib
+import json
+import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +48,9 @@ def dtype(spec: Spec) -> str:
         return "none"
     if spec.model.dtype != "auto":
         return spec.model.dtype
+    if spec.engine.kind == "vllm":
+        # On a GPU vLLM takes the checkpoint's own; on CPUs without such instructions its bfloat16 crawls.
+        return "auto" if device(spec) == "cuda" else "bfloat16" if native_bfloat16() else "float32"
     if device(spec) == "cuda":
         return "bfloat16"
     # FBGEMM's two-byte weights need these (`engines/torch/linear.py`).
@@ -70,8 +78,9 @@ def build(
     """
     if spec.engine.kind == "rehearsal":
         return RehearsalEngine(batch_size=spec.batch_size, script=Script.of(spec.engine.options))
-    assert spec.engine.kind == "torch", "validation refuses every other kind"
     assert target is not None
+    if spec.engine.kind == "vllm":
+        return _vllm(spec, target, draft, decode, costs)
     import os
 
     import torch
@@ -99,6 +108,39 @@ def build(
         )
     shape = Shape(tree.depth, tree.width, tree.nodes)
     return TorchEngine(model, head, decode=decode, batch_size=spec.batch_size, width=shape)
+
+
+def _vllm(
+    spec: Spec, target: Model, draft: Model | None, decode: Callable[[Sequence[int]], str], folder: Path
+) -> Engine:
+    from transformers import AutoConfig
+
+    from batchgen.engines.torch.target import eos_token_ids
+    from batchgen.engines.torch.weights import for_vllm
+    from batchgen.engines.vllm import VllmEngine
+
+    options, tree = dict(spec.engine.options), spec.speculation.tree
+    config = AutoConfig.from_pretrained(target.path).get_text_config()
+    facts = (target.identity, draft.identity if draft else "none", dtype(spec), json.dumps(options, sort_keys=True))
+    key = "|".join((provenance.machine(device(spec)), *facts, *provenance.versions().values()))
+    head = None if draft is None or tree == "off" else draft.path
+    if head is not None and options.get("speculative_config", {}).get("method", "eagle3") == "eagle3":
+        scratch = tempfile.mkdtemp(prefix="batchgen-")
+        atexit.register(shutil.rmtree, scratch, ignore_errors=True)  # an engine that died loads the head again
+        shape = {"num_target_layers": config.num_hidden_layers, "target_hidden_size": config.hidden_size}
+        head = for_vllm(head, Path(scratch), **shape, vocab_size=config.vocab_size, aux_layers=spec.model.aux_layers)
+    return VllmEngine(
+        target.path,
+        head,
+        decode=decode,
+        end_token_ids=eos_token_ids(target.path, config),
+        batch_size=spec.batch_size,
+        dtype=dtype(spec),
+        device=device(spec),
+        options=options,
+        length=None if tree == "auto" else 0 if tree == "off" else tree.depth,
+        lengths=folder / f"lengths-{hashlib.sha256(key.encode()).hexdigest()[:24]}.json",
+    )
 
 
 def _costs(folder: Path, key: str, target: Target, draft: Draft, batch_size: int) -> Costs:

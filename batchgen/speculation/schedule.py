@@ -170,9 +170,10 @@ class Schedule:
         """
         if not self._seen.num_rows:
             return PLAIN
-        pending, left, max_depth = sum(ahead.pending) // ahead.rows, _left(ahead), max(ahead.caps)
-        owed = pending.bit_length(), int(min(left, REPAY_STEPS)).bit_length()
-        key = _bucket(ahead.rows), *owed, min(max_depth, self._largest.depth)
+        pending, max_depth = sum(ahead.pending) // ahead.rows, max(ahead.caps)
+        # What a step or two gave is no debt, and then it does not matter how long a row would have to repay it.
+        debt = (pending.bit_length(), int(min(_left(ahead), REPAY_STEPS)).bit_length()) if pending > 8 else None
+        key = _bucket(ahead.rows), debt, min(max_depth, self._largest.depth)
         self._calls += 1
         draft, until = self._decided.get(key, (PLAIN, 0))
         if self._calls >= until:

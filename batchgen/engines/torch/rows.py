@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from batchgen.engines.torch import verify
-from batchgen.generate import first_stop
+from batchgen.generate import completed_text, reaches_stop
 from batchgen.record import Acceptance, Completion
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Row:
             if (
                 token in eos_token_ids
                 or token in sampling.stop_token_ids
-                or (sampling.stop and self._stop_string_ends(decode))
+                or (sampling.stop and reaches_stop(self.tokens[-self.num_output :], sampling.stop, decode))
             ):
                 self.finish = "stop"
             elif len(self.tokens) >= self.limit:
@@ -88,26 +88,18 @@ class Row:
                 return i
         return len(tokens)
 
-    def _stop_string_ends(self, decode: Callable[[Sequence[int]], str]) -> bool:
-        # A token is at least one byte, so a stop string that the newest token completes lies within this many tokens.
-        reach = max(len(s.encode()) for s in self.request.sampling.stop) + 8
-        tail = self.tokens[len(self.request.prompt_token_ids) :][-reach:]
-        return first_stop(decode(tail), self.request.sampling.stop) is not None
-
     def completion(self, eos_token_ids: frozenset[int], decode: Callable[[Sequence[int]], str]) -> Completion:
         """What the request came to; `finish` is set."""
         assert self.finish is not None
         now = time.perf_counter()
         token_ids = self.tokens[len(self.request.prompt_token_ids) :]
         ends = eos_token_ids.union(self.request.sampling.stop_token_ids)
-        text = decode(token_ids[:-1] if token_ids and token_ids[-1] in ends else token_ids)
-        cut = first_stop(text, self.request.sampling.stop)
         first = now if self.first_token is None else self.first_token
         return Completion(
             self.request.key,
             self.request.sample,
             token_ids,
-            text if cut is None else text[:cut],
+            completed_text(token_ids, ends, self.request.sampling.stop, decode),
             self.finish,
             self.acceptance,
             error_type=None if self.error is None else self.error[0],

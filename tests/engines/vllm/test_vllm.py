@@ -1,0 +1,197 @@
+"""vLLM as an engine: exact counts, its own tokens, and a process that may be killed. All on real vLLM."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import polars as pl
+import psutil
+import pytest
+
+from batchgen.errors import SpecError
+from batchgen.record import Sampling
+
+from .conftest import ROOT, run
+
+GREEDY = Sampling(max_tokens=24)
+HOT = Sampling(max_tokens=24, temperature=0.8, n=2, seed=3)
+COUNTERS = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
+
+
+def counters(engine) -> list[int]:
+    metrics = {m.name: m for m in engine._engine.get_metrics()}
+    return [int(metrics[f"vllm:spec_decode_{name}"].value) for name in COUNTERS]
+
+
+def test_each_rows_counts_sum_to_vllms_own(vllm, demo):
+    """Greedy and sampled, two samples a row, stop tokens, stop strings, chunked prompts, changing draft lengths."""
+    stops = Sampling(max_tokens=40, stop=(".", "the"), stop_token_ids=(28,))
+    before = counters(vllm)
+    done = run(vllm, demo.prompts(16), GREEDY, HOT, stops).values()
+    after = counters(vllm)
+    rows = [c.acceptance for c in done]
+    sums = [sum(getattr(row, name) for row in rows) for name in ("draft_steps", "draft_tokens", "accepted_tokens")]
+    assert sums == [b - a for a, b in zip(before, after, strict=True)]
+    assert sums[2] > 50
+    for c in done:
+        assert c.acceptance.target_steps >= c.acceptance.draft_steps
+        assert len(c.token_ids) <= 1 + c.acceptance.target_steps + c.acceptance.accepted_tokens
+
+
+def test_stop_strings_end_a_row_where_they_end_it_on_the_torch_engine(vllm, demo):
+    stops = Sampling(max_tokens=40, stop=(".", "the"))
+    asked = demo.prompts(12)
+    torch_engine = demo.engine("torch", "speculation.tree=off", "batch_size=8", head=False)
+    expected, found = (run(engine, asked, stops) for engine in (torch_engine, vllm))
+    same = [key for key in expected if expected[key].token_ids == found[key].token_ids]
+    assert len(same) >= 11, "greedy in float32, up to ties"
+    for key in same:
+        assert found[key].text == expected[key].text
+        assert found[key].finish_reason == expected[key].finish_reason
+        assert not any(stop in found[key].text for stop in stops.stop)
+
+
+def test_greedy_tokens_are_the_torch_engines(vllm, demo):
+    asked = demo.prompts(16, "mt_bench")
+    torch_engine = demo.engine("torch", "speculation.tree=off", "batch_size=8", head=False)
+    expected, found = (run(engine, asked, GREEDY) for engine in (torch_engine, vllm))
+    same = sum(expected[key].token_ids == found[key].token_ids for key in expected)
+    assert same >= 15, f"{same} of {len(expected)}"
+
+
+def test_what_pays_is_reported(vllm, demo):
+    run(vllm, demo.prompts(16), Sampling(max_tokens=64))
+    report = vllm.report()
+    assert report["lengths"][0][0] == 1
+    assert all(0 <= length <= 5 for _, _, length in report["lengths"])
+    assert 0.2 < report["acceptance"][0] < 0.8
+
+
+def test_a_prompt_that_does_not_fit_is_an_error_and_the_next_one_runs(vllm, demo):
+    [prompt] = demo.prompts(1)
+    done = run(vllm, [prompt * 40, prompt], GREEDY)
+    assert done[0, 0, 0].finish_reason == "error"
+    assert "2048" in done[0, 0, 0].error
+    assert len(done[0, 1, 0].token_ids) == 24
+
+
+def kill(engine) -> None:
+    """SIGKILL to the process that computes."""
+    children = [p for p in psutil.Process().children(recursive=True) if "EngineCore" in p.name() + "".join(p.cmdline())]
+    for process in children or psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            os.kill(process.pid, signal.SIGKILL)
+
+
+def test_a_killed_engine_loses_no_row(vllm, demo):
+    asked = demo.prompts(8)
+    expected = run(vllm, asked, GREEDY)
+    steps, killed, step = 0, False, vllm.step
+
+    def watched():
+        nonlocal steps, killed
+        steps += 1
+        if steps == 6:
+            kill(vllm)
+            killed = True
+        return step()
+
+    vllm.step = watched
+    try:
+        done = run(vllm, asked, GREEDY)
+    finally:
+        del vllm.step
+    assert killed
+    assert {c.finish_reason for c in done.values()} <= {"stop", "length"}
+    assert max(c.attempts for c in done.values()) == 2
+    assert sum(expected[key].token_ids == done[key].token_ids for key in done) >= len(done) - 1
+
+
+def test_the_row_that_kills_the_engine_is_found(demo):
+    """Three rows, one of which kills vLLM's process whenever it has begun."""
+    engine = demo.engine(
+        "vllm", "batch_size=4", "speculation.tree=off", "engine.options.max_model_len=1024", head=False
+    )
+    add = engine._add
+
+    def deadly(row):
+        add(row)
+        if row.request.key == (0, 1, 0):
+            kill(engine)
+
+    engine._add = deadly
+    try:
+        done = run(engine, demo.prompts(3), GREEDY)
+    finally:
+        engine.close()
+    assert [done[0, i, 0].finish_reason for i in range(3)] == ["length", "error", "length"]
+    assert done[0, 1, 0].error_type == "engine_died"
+    assert done[0, 1, 0].attempts >= 3, "among others, alone, and alone again"
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        (["engine.options.tensor_paralel_size=2"], "did you mean tensor_parallel_size"),
+        (["engine.options.max_num_seqs=2"], "say it as batch_size"),
+        (["engine.options.trust_remote_code=true"], "batchgen sets it itself"),
+        (["engine.options.block_size=many"], "engine.options.block_size"),
+        (["engine.options.speculative_config.method=medusa"], "expected eagle3"),
+    ],
+    ids=["a slip", "elsewhere", "ours", "a wrong type", "a method"],
+)
+def test_options_that_vllm_does_not_take_are_refused_by_name(demo, settings, found):
+    with pytest.raises(SpecError, match=found):
+        demo.engine("vllm", "speculation.tree=off", *settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["speculation.tree.depth=3"],
+        [
+            "model.draft=null",
+            "engine.options.speculative_config.method=ngram",
+            "engine.options.speculative_config.prompt_lookup_max=4",
+            "engine.options.speculative_config.num_speculative_tokens=3",
+        ],
+    ],
+    ids=["eagle3", "ngram"],
+)
+def test_a_job_on_vllm_ends_as_it_does_on_torch(tmp_path, settings):
+    def submit(kind: str, *more: str) -> tuple[dict, pl.DataFrame]:
+        out = tmp_path / kind
+        asked = [f"engine.kind={kind}", f"output.path={out}", "model.dtype=float32", "sampling.max_tokens=12", *more]
+        command = [sys.executable, "-m", "batchgen", "submit", "jobs/quickstart.yaml", "--json"]
+        command += [part for setting in asked for part in ("--set", setting)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1]), pl.read_parquet(f"{out}/*.parquet")
+
+    summary, table = submit("vllm", *settings)
+    _, expected = submit("torch", "speculation.tree=off")
+    assert table.schema == expected.schema
+    both = table.sort("row_id").join(expected.sort("row_id"), on=["row_id", "sample"], suffix="_torch")
+    assert len(both) == len(table) == len(expected) == 64
+    same = both["completion_token_ids"].to_list(), both["completion_token_ids_torch"].to_list()
+    assert sum(a == b for a, b in zip(*same, strict=True)) >= 62, "greedy in float32, up to ties"
+    assert table["accepted_tokens"].sum() > 0
+    assert set(table["engine"]) == {"vllm"}
+    assert summary["ok"] == 64
+
+
+def test_a_job_file_is_checked_without_vllm():
+    code = "import sys; from batchgen import spec; spec.load('jobs/quickstart.yaml', ['engine.kind=vllm']); "
+    done = subprocess.run(
+        [sys.executable, "-c", code + "print('vllm' in sys.modules)"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "False"
