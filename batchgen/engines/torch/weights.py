@@ -78,7 +78,7 @@ def load_head(
 
 
 def for_vllm(path: Path, folder: Path, **target: Any) -> Path:
-    """The head in `path` as vLLM must be told of it: a folder in `folder` of the same files, with a complete config.
+    """The head in `path` as vLLM must be told of it: `folder` with the same files and a complete config.
 
     vLLM reads nested layer ids without their plus 1, or not at all, and has defaults of its own. `target` as in
     `load_head`.
@@ -92,13 +92,12 @@ def for_vllm(path: Path, folder: Path, **target: Any) -> Path:
         full[_LAYER_IDS] = list(config.aux_layers)
         full["num_aux_hidden_states"] = len(config.aux_layers)
         full["eagle_config"] = {k: v for k, v in (raw.get("eagle_config") or {}).items() if k != _LAYER_IDS}
-    rewritten = folder / "head"
-    rewritten.mkdir()
+    folder.mkdir(exist_ok=True)
     for file in path.iterdir():
-        (rewritten / file.name).symlink_to(file.resolve())
-    (rewritten / "config.json").unlink()
-    (rewritten / "config.json").write_text(json.dumps(full, indent=2))
-    return rewritten
+        (folder / file.name).symlink_to(file.resolve())
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(full, indent=2))
+    return folder
 
 
 def _config(path: Path) -> dict[str, Any]:

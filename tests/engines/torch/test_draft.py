@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from batchgen.engines.torch.engine import TorchEngine
 from batchgen.engines.torch.forest import Shape
-from batchgen.engines.torch.weights import load_head
+from batchgen.engines.torch.weights import for_vllm, load_head
 from batchgen.errors import ModelError
 from batchgen.record import Sampling
 
@@ -150,6 +150,26 @@ def test_a_head_without_auxiliary_layers_listens_to_the_last_state(tmp_path):
 
 def test_the_job_file_can_override_the_layers():
     assert fit(HEAD, aux_layers=[5, 3, 4]).config.aux_layers == (3, 4, 5)
+
+
+@pytest.mark.parametrize("fmt", ["safeailab", "speculators"])
+def test_vllm_is_told_of_what_it_would_guess(tmp_path, fmt):
+    """It would take nested ids as they stand, or the default, and True for a missing flag in one of the formats."""
+    nested = {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 9, 19], "use_aux_hidden_state": True}}
+    head = write_head(tmp_path / "head", fmt, dict.fromkeys(FLAGS, False), layers=nested)
+    config = json.loads((head / "config.json").read_text())
+    del config["norm_before_residual"]
+    (head / "config.json").write_text(json.dumps(config))
+    shape = {"num_target_layers": 30, "target_hidden_size": 576, "vocab_size": 49152}
+    told = for_vllm(head, tmp_path / fmt, **shape, aux_layers=None)
+    said = json.loads((told / "config.json").read_text())
+    assert said["eagle_aux_hidden_state_layer_ids"] == [1, 10, 20]
+    assert said["eagle_config"] == {"use_aux_hidden_state": True}
+    assert said["norm_before_residual"] == (fmt == "speculators")
+    assert fit(told) is not None
+    assert json.loads((head / "config.json").read_text()) == config, "the head itself is left alone"
+    with pytest.raises(ModelError, match="4096"):
+        for_vllm(head, tmp_path, **(shape | {"target_hidden_size": 4096}), aux_layers=None)
 
 
 @pytest.mark.parametrize(
