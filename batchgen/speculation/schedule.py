@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from batchgen.speculation.costs import MAX_RATIO
 from batchgen.speculation.hindsight import Hindsight
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ EXPLORE_STEPS = DECISION_STEPS = 32
 FIRST_ROWS, FIRST_STEPS = 16, 4
 # Rows that explore where the others go on plainly: those with the least to catch up on.
 EXPLORE_ROWS = 16
+# Steps over which it is averaged how much longer than foretold they take.
+SLOWER_STEPS = 32
 # Steps that make a throughput, and steps that it remembers.
 WARM_STEPS, MEMORY_STEPS = 4, 64
 
@@ -106,6 +109,7 @@ class Schedule:
         self._decided: dict[tuple[object, ...], tuple[Draft, int]] = {}
         self._calls = self._num_recorded = 0
         self._allowance_s, self._since, self._arriving = 0.0, EXPLORE_STEPS, 0.0
+        self._slower = {False: 1.0, True: 1.0}
 
     def next(self, ahead: Ahead) -> Plan:
         """What this step drafts, and whether it explores: if so, `record` wants what it drafts.
@@ -136,9 +140,16 @@ class Schedule:
         self._allowance_s, self._since = 0.0, 0
         return Plan(largest, rows, explores=True)
 
-    def spent(self, seconds: float) -> None:
-        """A step took `seconds`; exploring lives on a share of them."""
+    def spent(self, seconds: float, foretold: float | None = None, *, drafted: bool = False) -> None:
+        """A step took `seconds`; exploring lives on a share of them.
+
+        `foretold` is what the costs said of it, None where it also read prompts. Steps that draft do more beside their
+        passes than plain ones: how much longer each kind takes than foretold is remembered, and expected of it.
+        """
         self._allowance_s += EXPLORE_SHARE * seconds
+        if foretold is not None:
+            ratio = min(max(seconds / foretold, 1 / MAX_RATIO), MAX_RATIO)
+            self._slower[drafted] += (ratio - self._slower[drafted]) / SLOWER_STEPS
 
     def record(
         self,
@@ -187,13 +198,13 @@ class Schedule:
         rows, context, extend = ahead.rows, ahead.context, self._costs.extend
         if shape == PLAIN:
             seconds = self._costs.step(rows=rows, extend_tokens=0, level_tokens=[], nodes=rows, context=context)
-            return MARGIN * rows / seconds
+            return MARGIN * rows / (seconds * self._slower[False])
         nodes, tokens = self._seen.tokens(shape.depth, shape.width, rows)
         fed, levels = tokens + self._arriving, shape.level_tokens(rows)
         step = self._costs.step(rows=rows, extend_tokens=fed, level_tokens=levels, nodes=nodes, context=context)
         debt = np.maximum(extend(sum(ahead.pending), context) - extend(fed, context), 0.0)
         steps = np.clip(_left(ahead) * rows / tokens, 1, REPAY_STEPS)
-        return float((tokens / (step + debt / steps)).max())
+        return float((tokens / ((step + debt / steps) * self._slower[True])).max())
 
     def _drafting_s(self, shape: Draft, rows: Sequence[int], ahead: Ahead) -> float:
         levels = self._costs.level(np.array(shape.level_tokens(len(rows))), ahead.context)

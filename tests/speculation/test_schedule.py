@@ -181,6 +181,19 @@ def test_prompts_that_keep_arriving_are_paid_for_whole():
         assert (schedule.choose(ahead(8, 40_000, 1000)) != PLAIN) == drafts
 
 
+def test_steps_that_take_longer_than_foretold_are_expected_to():
+    """Drafts that would give half as much again, in steps that take twice as long as their passes."""
+    schedule = Schedule(CHEAP, [PLAIN, Draft(1, 1)])
+    path, parent = np.full((8, 1), 0.5), np.full((8, 1), -1)
+    schedule.record(lambda: path, np.log(path), parent, np.ones((8, 1), int), 1)
+    assert schedule.choose(ahead(8, 8, 100)) == Draft(1, 1)
+    for taken, drafted, expected in ((2.0, True, PLAIN), (2.0, False, Draft(1, 1))):
+        for _ in range(200):
+            schedule.spent(taken, 1.0, drafted=drafted)
+        schedule._decided.clear()
+        assert schedule.choose(ahead(8, 8, 100)) == expected
+
+
 def test_what_promises_little_more_than_plain_steps_is_left():
     """Half of all first tokens are kept; a node costs what makes drafting them all worth 1 % or 10 % more."""
     for gain, expected in ((1.01, PLAIN), (1.2, Draft(1, 1))):

@@ -155,7 +155,6 @@ class AutoTree:
 
     def spent(self, step: Step, reached: Sequence[tuple[int, int, float]]) -> None:
         """See `Width`."""
-        self._schedule.spent(step.draft_s + step.verify_s)
         self._num_steps += 1
         self._num_roots += step.rows
         self._num_nodes += step.nodes - step.rows
@@ -174,6 +173,8 @@ class AutoTree:
         # high, and tokens per real second, hardly a node would seem worth its price.
         seconds = float(self.costs.verify(step.nodes, step.context)) + self._refine_draft(step)
         self._throughput.seen(step.rows, step.tokens, seconds)
+        taken = step.draft_s + step.verify_s
+        self._schedule.spent(taken, None if step.mixed else seconds, drafted=drafted is not None)
         if not step.mixed:  # or the seconds would be the prompts' as well
             self.costs.verify.refine(step.nodes, step.context, step.verify_s)
 
