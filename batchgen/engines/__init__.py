@@ -120,11 +120,11 @@ def _vllm(
 
     from batchgen.engines.torch.target import eos_token_ids
     from batchgen.engines.torch.weights import for_vllm
-    from batchgen.engines.vllm import VllmEngine
+    from batchgen.engines.vllm import VllmEngine, speculative_config
 
     options, tree = dict(spec.engine.options), spec.speculation.tree
     sampled = spec.sampling.temperature > 0 or "temperature" in spec.input.sampling
-    if sampled and tree != "off" and (draft is not None or "speculative_config" in options):
+    if sampled and tree != "off" and (draft is not None or speculative_config(options)):
         if device(spec) == "cpu":
             raise ModelError(
                 "sampling.temperature: vLLM 0.32 on a CPU rejects nearly every draft of a sampled row and then draws a "
@@ -138,7 +138,7 @@ def _vllm(
     facts = (target.identity, draft.identity if draft else "none", dtype(spec), json.dumps(options, sort_keys=True))
     key = "|".join((provenance.machine(device(spec)), *facts, *provenance.versions().values()))
     head = None if draft is None or tree == "off" else draft.path
-    if head is not None and options.get("speculative_config", {}).get("method", "eagle3") == "eagle3":
+    if head is not None and speculative_config(options).get("method", "eagle3") == "eagle3":
         scratch = tempfile.mkdtemp(prefix="batchgen-")
         atexit.register(shutil.rmtree, scratch, ignore_errors=True)  # an engine that died loads the head again
         shape = {"num_target_layers": config.num_hidden_layers, "target_hidden_size": config.hidden_size}

@@ -60,6 +60,7 @@ class _Row:
 
     request: Request
     submitted: float
+    added: float = 0.0
     attempts: int = 0
     died_alone: int = 0
     token_ids: list[int] = dataclasses.field(default_factory=list)
@@ -177,6 +178,7 @@ class VllmEngine:
         options: Mapping[str, Any],
         length: int | None,
     ) -> dict[str, Any]:
+        speculative = speculative_config(options)
         _check_options(options)
         on_cpu = device == "cpu"
         arguments: dict[str, Any] = _for_cpu() if on_cpu else {}
@@ -187,9 +189,8 @@ class VllmEngine:
             "max_num_seqs": self.capacity,
             "scheduler_cls": f"batchgen.engines.vllm_scheduler.{'Ours' if on_cpu else 'OursAsync'}",
         }
-        speculative: dict[str, Any] = dict(options.get("speculative_config") or {})
         if draft is not None:
-            speculative = {"method": "eagle3", "model": str(draft)} | speculative
+            speculative = {"method": "eagle3"} | speculative | {"model": str(draft)}
         if not speculative or length == 0:
             arguments["speculative_config"] = None
             return arguments
@@ -232,12 +233,12 @@ class VllmEngine:
         return engine
 
     def _add(self, row: _Row) -> None:
-        row.attempts += 1
-        row.token_ids, row.steps = [], 0
-        name = str(self._next_id)
-        self._next_id += 1
         from vllm.exceptions import VLLMValidationError
 
+        row.attempts += 1
+        row.added, row.token_ids, row.steps = time.perf_counter(), [], 0
+        name = str(self._next_id)
+        self._next_id += 1
         try:
             self._engine.add_request(
                 name, {"prompt_token_ids": row.request.prompt_token_ids}, self._parameters(row.request)
@@ -300,7 +301,7 @@ class VllmEngine:
             finish,
             _acceptance(row.steps - 1, sample.spec_decode_metrics),
             attempts=row.attempts,
-            queue_s=max(0.0, times.scheduled_ts - times.queued_ts),
+            queue_s=row.added - row.submitted + max(0.0, times.scheduled_ts - times.queued_ts),
             prefill_s=max(0.0, times.first_token_ts - times.scheduled_ts),
             decode_s=max(0.0, times.last_token_ts - times.first_token_ts),
         )
@@ -367,16 +368,29 @@ def _for_cpu() -> dict[str, Any]:
     return {"enforce_eager": True, "block_size": 32, "gpu_memory_utilization": share}
 
 
+def speculative_config(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What `engine.options` say of drafting, to be completed with the head; empty where they say nothing.
+
+    Raises:
+        SpecError: it is no mapping, or its method is none of `METHODS`.
+    """
+    place = "engine.options.speculative_config"
+    found = options.get("speculative_config") or {}
+    if not isinstance(found, dict):
+        raise SpecError(f"{place}: found {found!r}, expected a mapping such as {{method: ngram}}")
+    if found.get("method", "eagle3") not in METHODS:
+        raise SpecError(f"{place}.method: found {found['method']!r}, expected {', '.join(METHODS)}")
+    if "model" in found:
+        raise SpecError(f"{place}.model: say it as model.draft; leave it out")
+    return dict(found)
+
+
 def _check_options(options: Mapping[str, Any]) -> None:
     problems = []
-    for name in options:
-        if name in _OURS:
-            where = _OURS[name]
-            why = f"say it as {where}" if where else "batchgen sets it itself"
-            problems.append(f"engine.options.{name}: {why}; leave it out")
-    method = (options.get("speculative_config") or {}).get("method", "eagle3")
-    if method not in METHODS:
-        problems.append(f"engine.options.speculative_config.method: found {method!r}, expected {', '.join(METHODS)}")
+    for name in sorted(_OURS.keys() & options):
+        where = _OURS[name]
+        why = f"say it as {where}" if where else "batchgen sets it itself"
+        problems.append(f"engine.options.{name}: {why}; leave it out")
     if problems:
         raise SpecError(*problems)
 

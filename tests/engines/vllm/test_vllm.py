@@ -160,8 +160,10 @@ def test_sampling_beside_drafts_is_refused_where_vllm_samples_wrong_tokens(demo)
         (["engine.options.trust_remote_code=true"], "batchgen sets it itself"),
         (["engine.options.block_size=many"], "engine.options.block_size"),
         (["engine.options.speculative_config.method=medusa"], "expected eagle3"),
+        (["engine.options.speculative_config=ngram"], "expected a mapping"),
+        (["engine.options.speculative_config.model=head"], "say it as model.draft"),
     ],
-    ids=["a slip", "elsewhere", "ours", "a wrong type", "a method"],
+    ids=["a slip", "elsewhere", "ours", "a wrong type", "a method", "a word", "a head"],
 )
 def test_options_that_vllm_does_not_take_are_refused_by_name(demo, settings, found):
     with pytest.raises(SpecError, match=found):
