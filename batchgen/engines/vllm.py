@@ -14,9 +14,11 @@ import importlib.util
 import logging
 import multiprocessing.connection
 import os
+import signal
 import threading
 import time
 from collections import deque
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchgen.engines.torch.kvcache import free_bytes
@@ -27,7 +29,6 @@ from batchgen.speculation.chain import ChainLengths
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
 
     from batchgen.record import FinishReason, Request
 
@@ -45,13 +46,18 @@ _OURS = {
     "scheduler_cls": None,
     "additional_config": None,
     "disable_log_stats": None,
+    "stream_interval": None,
+    "data_parallel_size": "workers.count",
     "per_request_spec_decode_metrics": None,
 }
+_LENGTHS = {"num_speculative_tokens", "num_speculative_tokens_per_batch_size"}
 METHODS = ("eagle3", "draft_model", "ngram", "suffix")
 # Longest chain that `tree: auto` considers.
 LONGEST = 5
 # How often a row may be alone with a dying engine before it is to blame: processes are killed from outside, too.
 LAST_CHANCES = 1
+# Seconds between attempts to start an engine that ran before.
+RESTART_PAUSES_S = (5, 30)
 
 
 @dataclasses.dataclass(slots=True)
@@ -106,7 +112,8 @@ class VllmEngine:
         self._held: deque[_Row] = deque()
         self._trials: list[list[_Row]] = []
         self._next_id = self._num_deaths = 0
-        self._speculate = True
+        self._speculate, self._finished = True, False
+        self._device = device
         self._refused: list[Completion] = []
         self.num_tokens = self.running = 0
         self._engine: Any = self._start()
@@ -155,7 +162,10 @@ class VllmEngine:
 
     def stop_speculating(self) -> None:
         """Tell vLLM with the next request to draft no more."""
-        self._speculate = False
+        if (self._arguments["speculative_config"] or {}).get("method") == "suffix":
+            log.warning("speculation.below_min: vLLM cannot stop drafting by suffixes; it goes on")
+        else:
+            self._speculate = False
 
     def close(self) -> None:
         """End vLLM's process and forget all rows."""
@@ -198,7 +208,7 @@ class VllmEngine:
         arguments["speculative_config"] = speculative
         if length is not None:
             speculative["num_speculative_tokens"] = length
-        elif "num_speculative_tokens" not in speculative:
+        elif not _LENGTHS & speculative.keys():
             speculative["num_speculative_tokens"] = LONGEST
             # Says to vLLM that the length will vary; the scheduler's own table takes its place.
             speculative["num_speculative_tokens_per_batch_size"] = [[1, self.capacity, LONGEST]]
@@ -212,23 +222,29 @@ class VllmEngine:
                 "README says, or use engine.kind: torch"
             )
         _environment()
-        from pydantic import ValidationError
         from vllm import EngineArgs
+        from vllm.platforms import current_platform
         from vllm.v1.engine.llm_engine import LLMEngine
 
+        if current_platform.is_cpu() != (self._device == "cpu"):
+            runs = "the CPU" if current_platform.is_cpu() else "a GPU"
+            raise ModelError(f"engine.device is {self._device}, but the vLLM that is installed runs on {runs}")
         known = {field.name for field in dataclasses.fields(EngineArgs)}
         unknown = [name for name in self._arguments if name not in known]
         if unknown:
             raise SpecError(*(_unknown(name, known) for name in unknown))
+        # Its processes inherit this: Ctrl-C is for us, who drain and then end them.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            arguments = EngineArgs(**self._arguments)
-            engine = LLMEngine.from_engine_args(arguments, enable_multiprocessing=True)
-        except ValidationError as error:
-            found = error.errors()[0]
-            where = ".".join(map(str, found["loc"]))
-            raise SpecError(f"engine.options.{where}: vLLM refuses it: {found['msg']}") from error
-        except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+            engine = LLMEngine.from_engine_args(EngineArgs(**self._arguments), enable_multiprocessing=True)
+        except Exception as error:
+            if type(error).__name__ == "ValidationError" and hasattr(error, "errors"):  # pydantic's
+                found = error.errors()[0]
+                where = ".".join(map(str, found["loc"]))
+                raise SpecError(f"engine.options.{where}: vLLM refuses it: {found['msg']}") from error
             raise ModelError(f"{self._arguments['model']}: vLLM does not start: {_first_line(error)}") from error
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         threading.Thread(target=_watch, args=(engine.engine_core,), daemon=True).start()
         return engine
 
@@ -283,10 +299,12 @@ class VllmEngine:
         self.num_tokens += len(new)
         if not output.finished:
             return []
+        if sample.finish_reason == "abort":
+            return []  # vLLM's process was told to end: its death is the next thing it says
         del self._rows[output.request_id]
         if sample.finish_reason not in ("stop", "length"):
             return [self._failed(row, "engine", f"vLLM ended the row: {sample.finish_reason}")]
-        self._num_deaths = 0
+        self._num_deaths, self._finished = 0, True
         return [self._completion(row, sample, output.metrics)]
 
     def _completion(self, row: _Row, sample: Any, times: Any) -> Completion:
@@ -345,13 +363,24 @@ class VllmEngine:
         if len(rows) > 1:
             half = (len(rows) + 1) // 2
             self._trials += [rows[half:], rows[:half]]
-        elif rows[0].died_alone < LAST_CHANCES:
+        elif rows[0].died_alone < LAST_CHANCES or not self._finished:
+            # Where nothing was ever finished, it is not known to be this row's fault: the others go first.
             rows[0].died_alone += 1
-            self._trials.append(rows)
+            self._trials.insert(0, rows)
         else:
             failed.append(self._failed(rows[0], "engine_died", "vLLM's process died whenever it ran this row alone"))
-        self._engine = self._start()
+        self._engine = self._start_again()
         return failed
+
+    def _start_again(self) -> Any:
+        """Start vLLM where it ran before; what it held may take a while to be free."""
+        for pause_s in RESTART_PAUSES_S:
+            try:
+                return self._start()
+            except ModelError as error:
+                log.warning("%s; trying again in %d s", error, pause_s)
+                time.sleep(pause_s)
+        return self._start()
 
     def _shut_down(self) -> None:
         engine, self._engine = self._engine, None
@@ -364,7 +393,10 @@ def _for_cpu() -> dict[str, Any]:
     import torch
 
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    share = round(0.5 * free_bytes(torch.device("cpu")) / memory, 2)
+    bound = Path("/sys/fs/cgroup/memory.max")  # of a container; vLLM counts by it
+    limit = bound.read_text().strip() if bound.exists() else "max"
+    memory = memory if limit == "max" else min(memory, int(limit))
+    share = max(0.01, round(0.5 * free_bytes(torch.device("cpu")) / memory, 2))
     return {"enforce_eager": True, "block_size": 32, "gpu_memory_utilization": share}
 
 
@@ -380,6 +412,8 @@ def speculative_config(options: Mapping[str, Any]) -> dict[str, Any]:
         raise SpecError(f"{place}: found {found!r}, expected a mapping such as {{method: ngram}}")
     if found.get("method", "eagle3") not in METHODS:
         raise SpecError(f"{place}.method: found {found['method']!r}, expected {', '.join(METHODS)}")
+    if found.get("method") == "suffix" and "num_speculative_tokens" not in found:
+        raise SpecError(f"{place}: suffix drafts a length that is fixed; set num_speculative_tokens")
     if "model" in found:
         raise SpecError(f"{place}.model: say it as model.draft; leave it out")
     return dict(found)

@@ -76,6 +76,7 @@ class _Mixin(Scheduler):
     def add_request(self, request: Request) -> None:
         """A request may say that from now on nothing is drafted."""
         if _asked(request).get("speculate") is False:
+            self._save()
             self._lengths = None
             self.dynamic_sd_lookup = [0] * (self.max_num_running_reqs + 1)
         super().add_request(request)

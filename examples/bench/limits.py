@@ -115,7 +115,7 @@ def main() -> None:
         engine.step()
     chain = [kept(watch.ranks, depth, 1) for depth in range(WIDEST.depth + 1)]
     reached = [1.0, *(after - before for before, after in itertools.pairwise(chain))]
-    by_depth = [round(after / before, 3) for before, after in itertools.pairwise(reached)]
+    by_depth = [round(after / before, 3) for before, after in itertools.pairwise(reached) if before > 0]
     results: list[dict[str, object]] = [
         {"acceptance_by_depth": by_depth, "acceptance_length_of_chains": [round(1 + k, 3) for k in chain[1:]]}
     ]
