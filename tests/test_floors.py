@@ -29,7 +29,7 @@ FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 # What only some rooms may import. Engines, speculation and kernels must run where there is torch and little else.
 BARE = {"torch", "transformers", "triton", "safetensors", "numpy", "batchgen_kernels"}
 ONLY_IN = {
-    "torch": {"engines", "batchgen_kernels", "models", "provenance", "speculation"},
+    "torch": {"engines", "batchgen_kernels", "models", "provenance"},
     "triton": {"batchgen_kernels"},
     "vllm": {"engines"},
     "ray": {"cluster"},

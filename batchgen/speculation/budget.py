@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -21,14 +20,14 @@ if TYPE_CHECKING:
 
 
 def select(
-    path: torch.Tensor,
+    path: NDArray[np.float32],
     *,
     num_roots: int,
-    row_caps: torch.Tensor | None,
+    row_caps: NDArray[np.integer] | None,
     sizes: Sequence[int],
     cost: Callable[[NDArray[np.int64]], NDArray[np.float64]],
     throughput: float | None,
-) -> torch.Tensor:
+) -> NDArray[np.bool_]:
     """The nodes to verify, bool [B, P]: a node is chosen only with its parent, and none of probability 0.
 
     `path` float32 [B, P] is the calibrated probability that each candidate is kept; parents stand left of their
@@ -37,13 +36,13 @@ def select(
     the packed node counts, roots included, that passes are padded to: a pass pays for its whole size, and the chosen
     one is filled as far as there are candidates; empty permits every count. Where none holds the roots, nothing is
     chosen. `cost` is the seconds of passes over packed counts, `throughput` in tokens per second; None takes the best
-    ratio of this step alone, and `cost` must then be of the whole step. Waits once for the device of `path`.
+    ratio of this step alone, and `cost` must then be of the whole step.
     """
     num_rows, num_candidates = path.shape
     if row_caps is not None:
-        path = torch.where(_rank_in_row(path) < row_caps[:, None], path, 0.0)
-    # The size needs only the values, in which numpy's sort is ten times faster than one that keeps places.
-    falling = np.sort(path.cpu().numpy(), axis=None)[::-1]
+        path = np.where(_rank_in_row(path) < row_caps[:, None], path, np.float32(0))
+    # The size needs only the values, of which a sort is ten times faster than one that keeps places.
+    falling = np.sort(path, axis=None)[::-1]
     falling = falling[: np.count_nonzero(falling > 0)]
     gains = num_roots + np.concatenate([[0.0], np.cumsum(falling, dtype=np.float64)])
     packed = np.array([size for size in sizes if size >= num_roots], np.int64)
@@ -57,14 +56,14 @@ def select(
         throughput = best_ratio(gains[num_nodes], seconds)
     num_chosen = int(num_nodes[np.argmax(gains[num_nodes] - throughput * seconds)])
     if num_chosen == 0:
-        return torch.zeros_like(path, dtype=torch.bool)
-    least = float(falling[num_chosen - 1])
+        return np.zeros(path.shape, bool)
+    least = falling[num_chosen - 1]
     num_ties = num_chosen - int(np.count_nonzero(falling > least))
     # Of equals the shallower ones of all rows: a child ties with a parent that is certain to lead to it.
-    by_level = path.t().reshape(-1)
+    by_level = path.T.reshape(-1)
     ties = by_level == least
-    chosen: torch.Tensor = (by_level > least) | (ties & (ties.cumsum(0) <= num_ties))
-    return chosen.view(num_candidates, num_rows).t().contiguous()
+    chosen: NDArray[np.bool_] = (by_level > least) | (ties & (ties.cumsum() <= num_ties))
+    return chosen.reshape(num_candidates, num_rows).T
 
 
 def best_ratio(gains: NDArray[np.float64], seconds: NDArray[np.float64]) -> float:
@@ -76,8 +75,9 @@ def best_ratio(gains: NDArray[np.float64], seconds: NDArray[np.float64]) -> floa
     return float((gains / seconds).max())
 
 
-def _rank_in_row(path: torch.Tensor) -> torch.Tensor:
+def _rank_in_row(path: NDArray[np.float32]) -> NDArray[np.intp]:
     """The place of each candidate in its row's falling order, ties by column."""
-    order = path.sort(dim=1, descending=True, stable=True).indices
-    place = torch.arange(path.shape[1], device=path.device).expand_as(order)
-    return torch.empty_like(order).scatter_(1, order, place)
+    order = np.argsort(-path, axis=1, kind="stable")
+    place = np.empty_like(order)
+    np.put_along_axis(place, order, np.arange(path.shape[1])[None], 1)
+    return place

@@ -16,15 +16,12 @@ predicted to be kept less often than its sibling.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
-    import torch
     from numpy.typing import NDArray
-
-A = TypeVar("A", "NDArray[Any]", "torch.Tensor")
 
 MAX_DEPTH = 8  # deeper levels share their bias
 MAX_RANK = 15
@@ -32,6 +29,8 @@ MAX_LOGIT = 10.0  # float32 log-softmax says nothing finer about probabilities n
 CELLS = (MAX_DEPTH, MAX_RANK + 1, 40)
 MEMORY_NODES = 50_000  # of exponential forgetting: the weights' noise is then about 1 %
 REFIT_CALLS = 50
+# Nodes that are learned from together: a step of one row has a few, and the counting takes as long for these.
+BATCH_NODES = 64
 PRIOR_NODES = 50  # nodes that weigh as much as the prior
 
 # [w_draft, w_rank, b of all depths, b of depth 1, of depth 2, ...]: a depth not drafted yet is like the others.
@@ -48,29 +47,21 @@ class Calibration:
     def __init__(self) -> None:
         self._cells = np.zeros((3, *CELLS))  # nodes, labels, logit q
         self._fitted = PRIOR
-        self._on: dict[torch.device, torch.Tensor] = {}
         self._calls, self._refit_at = 0, 1
         self._bins = np.zeros((3, 10))  # nodes, predictions, labels, by prediction
         self._weights = _weights(PRIOR)
+        self._waiting: list[NDArray[Any]] = []
 
-    def acceptance(self, logq: A, rank: A, depth: A) -> A:
-        """Probability in (0, 1) that the target keeps each token once its parent is kept; float32.
+    def acceptance(self, logq: NDArray[Any], rank: NDArray[Any], depth: NDArray[Any]) -> NDArray[np.float32]:
+        """Probability in (0, 1) that the target keeps each token once its parent is kept.
 
-        `logq`, `rank` and `depth` broadcast. Tensors stay on their device without synchronising: their weights are one
-        small tensor per device that `learn` overwrites in place, so that a captured graph sees the new ones.
+        `logq`, `rank` and `depth` broadcast.
         """
-        xp: Any
-        if isinstance(logq, np.ndarray):
-            xp, w, level = np, self._weights, np.asarray(depth, np.intp)
-            q, r = logq.astype(np.float32), np.asarray(rank, np.float32)
-        else:
-            import torch
-
-            xp, w, level = torch, self._tensor(logq.device), depth.long()
-            q, r = logq.float(), rank.float()
-        logit = w[0] * _logit(xp, q) + w[1] * xp.log1p(r) + w[1 + level.clip(1, MAX_DEPTH)]
+        w, level = self._weights, np.asarray(depth, np.intp)
+        ranks = np.log1p(np.asarray(rank, np.float32))
+        logit = w[0] * _logit(logq.astype(np.float32)) + w[1] * ranks + w[1 + level.clip(1, MAX_DEPTH)]
         # 12: the largest whole logit whose probability float32 tells well from 1.
-        a: A = 1 / (1 + xp.exp(-logit.clip(-12.0, 12.0)))
+        a: NDArray[np.float32] = 1 / (1 + np.exp(-logit.clip(-12.0, 12.0)))
         return a
 
     def learn(self, logq: NDArray[Any], rank: NDArray[Any], depth: NDArray[Any], label: NDArray[Any]) -> bool:
@@ -80,10 +71,28 @@ class Calibration:
         """
         if not len(label):
             return False
+        self._calls += 1
+        self._waiting.append(np.stack([logq, rank, depth, label]))
+        # The first calls are learned from at once.
+        if self._calls < self._refit_at and sum(each.shape[1] for each in self._waiting) < BATCH_NODES:
+            return False
+        self._count()
+        if self._calls < self._refit_at:
+            return False
+        self._refit_at = min(2 * self._calls, self._calls + REFIT_CALLS)
+        self._refit()
+        return True
+
+    def _count(self) -> None:
+        """Count what waits; it was predicted by the weights that stand."""
+        if not self._waiting:
+            return
+        logq, rank, depth, label = np.concatenate(self._waiting, 1).astype(np.float64)
+        self._waiting.clear()
         predicted = self.acceptance(logq, rank, depth)
         place = np.minimum(predicted * 10, 9).astype(int)
         self._bins += [np.bincount(place, values, 10) for values in (None, predicted, label)]
-        logit = _logit(np, logq.astype(np.float64))
+        logit = _logit(logq)
         at = np.ravel_multi_index(
             (
                 np.clip(depth.astype(int), 1, MAX_DEPTH) - 1,
@@ -95,12 +104,6 @@ class Calibration:
         self._cells *= np.exp(-len(label) / MEMORY_NODES)
         for sums, values in zip(self._cells.reshape(3, -1), (None, label, logit), strict=True):
             np.add(sums, np.bincount(at, values, len(sums)), out=sums)
-        self._calls += 1
-        if self._calls < self._refit_at:
-            return False
-        self._refit_at = min(2 * self._calls, self._calls + REFIT_CALLS)
-        self._refit()
-        return True
 
     def report(self) -> dict[str, float]:
         """How well acceptance was predicted, over all nodes so far, each predicted before it was learned from.
@@ -108,6 +111,7 @@ class Calibration:
         `expected` and `realised` are the means of prediction and label; `error` is the expected calibration error: the
         mean distance of the two in ten bins of prediction. All zero before the first node.
         """
+        self._count()
         count, predicted, realised = self._bins
         nodes = max(count.sum(), 1.0)
         return {
@@ -132,23 +136,14 @@ class Calibration:
         self._fitted = fitted
         nodes = count.sum()
         self._weights = _weights(PRIOR + nodes / (nodes + PRIOR_NODES) * (fitted - PRIOR))
-        for tensor in self._on.values():
-            tensor.copy_(tensor.new_tensor(self._weights.tolist()))
-
-    def _tensor(self, device: torch.device) -> torch.Tensor:
-        if device not in self._on:
-            import torch
-
-            with torch.inference_mode(False):  # or it could not be overwritten outside of inference mode
-                self._on[device] = torch.tensor(self._weights.tolist(), dtype=torch.float32, device=device)
-        return self._on[device]
 
 
-def _logit(xp: Any, logq: Any) -> Any:
+def _logit(logq: NDArray[Any]) -> NDArray[Any]:
     """Log-odds of log-probabilities, within +-MAX_LOGIT up to rounding."""
     edge = float(np.log1p(np.exp(MAX_LOGIT)))
     logq = logq.clip(-edge, MAX_LOGIT - edge)
-    return (logq - xp.log(-xp.expm1(logq))).clip(-MAX_LOGIT, MAX_LOGIT)
+    logit: NDArray[Any] = (logq - np.log(-np.expm1(logq))).clip(-MAX_LOGIT, MAX_LOGIT)
+    return logit
 
 
 def _weights(fitted: NDArray[Any]) -> NDArray[np.float32]:

@@ -28,6 +28,8 @@ N = TypeVar("N", float, "NDArray[Any]")
 RATE = 0.1
 # A pass that took more than this much longer or shorter than expected says that something else took place.
 MAX_RATIO = 3.0
+# Tokens that no pass has; up to there the last slope goes on.
+FAR = 1e9
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -56,33 +58,39 @@ class Table:
             raise ValueError("counts of tokens must increase from 1 or more")
         if not (np.isfinite([*self._tokens, *self._seconds]).all() and 0 <= self._per_context_token < np.inf):
             raise ValueError("durations must be finite, and context must not make a pass faster")
+        self._set(self._seconds)
+
+    def _set(self, seconds: NDArray[np.float64]) -> None:
         # A nanosecond at least: `refine` multiplies.
-        self._seconds = np.maximum.accumulate(np.maximum(self._seconds, 1e-9))
+        self._seconds = np.maximum.accumulate(np.maximum(seconds, 1e-9))
+        before = (0.0, 0.0) if len(seconds) == 1 else (self._tokens[-2], self._seconds[-2])
+        slope = (self._seconds[-1] - before[1]) / (self._tokens[-1] - before[0])
+        self._x = np.append(self._tokens, FAR)
+        self._y = np.append(self._seconds, self._seconds[-1] + slope * (FAR - self._tokens[-1]))
 
     def __call__(self, tokens: N, context: int = 0) -> N:
         """Seconds of a pass over `tokens`, or of one pass for each; no pass, no time."""
-        num = np.asarray(tokens, np.float64)
-        within = np.interp(num, self._tokens, self._seconds)
-        beyond = np.maximum(num - self._tokens[-1], 0.0) * self._last_slope()
-        seconds = np.where(num > 0, within + beyond + self._per_context_token * context, 0.0)
-        return seconds if isinstance(tokens, np.ndarray) else float(seconds)
+        seconds = np.interp(tokens, self._x, self._y) + self._per_context_token * context
+        if isinstance(tokens, np.ndarray):
+            return np.where(tokens > 0, seconds, 0.0)
+        return float(seconds) if tokens > 0 else 0.0
 
     def refine(self, tokens: int, context: int, seconds: float) -> None:
         """Learn from a pass that was timed: move the points beside `tokens` toward it, in proportion to nearness."""
         if tokens <= 0:
             return
-        ratio = float(np.clip(seconds / self(tokens, context), 1 / MAX_RATIO, MAX_RATIO))
+        ratio = min(max(seconds / self(tokens, context), 1 / MAX_RATIO), MAX_RATIO)
         share = np.zeros_like(self._seconds)
         if tokens > self._tokens[-1]:
             share[-2:] = 1.0  # both, so that the slope beyond them scales too
         else:
-            share = np.array([np.interp(tokens, self._tokens, unit) for unit in np.eye(len(share))])
-        moved = np.maximum(self._seconds * ratio ** (RATE * share), 1e-9)
+            place = float(np.interp(tokens, self._tokens, np.arange(len(share))))
+            low = int(place)
+            share[min(low + 1, len(share) - 1)] = place - low
+            share[low] = 1.0 - (place - low)
+        moved = self._seconds * ratio ** (RATE * share)
         # What is now out of order is further from the measurement than the points it moved: they carry it along.
-        if ratio > 1:
-            self._seconds = np.maximum.accumulate(moved)
-        else:
-            self._seconds = np.minimum.accumulate(moved[::-1])[::-1]
+        self._set(moved if ratio > 1 else np.minimum.accumulate(moved[::-1])[::-1])
 
     def as_json(self) -> dict[str, Any]:
         """The arguments that make this table."""
@@ -91,11 +99,6 @@ class Table:
             "seconds": self._seconds.tolist(),
             "per_context_token": self._per_context_token,
         }
-
-    def _last_slope(self) -> float:
-        if len(self._tokens) == 1:
-            return float(self._seconds[0] / self._tokens[0])
-        return float((self._seconds[-1] - self._seconds[-2]) / (self._tokens[-1] - self._tokens[-2]))
 
 
 @dataclasses.dataclass(slots=True)

@@ -125,16 +125,19 @@ class Schedule:
         usual = Plan(chosen, range(ahead.rows), explores=False)
         if largest == PLAIN:
             return usual
+        warm = self._num_recorded >= FIRST_STEPS and self._seen.num_rows >= FIRST_ROWS
+        near_end = max(ahead.caps) < self._seen.depth  # all rows are: nothing to learn for those that follow
+        if warm and (near_end or self._since < EXPLORE_STEPS):
+            return usual
         rows: Sequence[int] = range(ahead.rows)
         if chosen == PLAIN:
             of_use = (row for row in rows if ahead.caps[row] >= largest.depth)
             rows = sorted(sorted(of_use, key=lambda row: ahead.pending[row])[:EXPLORE_ROWS])
-        if self._num_recorded >= FIRST_STEPS and self._seen.num_rows >= FIRST_ROWS:
+        if warm:
             excess = self._drafting_s(largest, rows, ahead)
             if chosen != PLAIN:
                 excess -= self._drafting_s(chosen, rows, ahead)
-            near_end = max(ahead.caps) < self._seen.depth  # all rows are: nothing to learn for those that follow
-            if near_end or self._since < EXPLORE_STEPS or excess > self._allowance_s:
+            if excess > self._allowance_s:
                 return usual
         # Nothing is carried over: savings of an hour must not buy a minute of exploring.
         self._allowance_s, self._since = 0.0, 0

@@ -9,9 +9,12 @@ Shape legend: N packed tokens, H query heads, K key/value heads, D head size, S 
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from batchgen_kernels.dispatch import with_kernel
+
+if TYPE_CHECKING:
+    import torch
 
 
 @with_kernel("triton_rope")
@@ -35,10 +38,12 @@ def rope_and_store(
     num_kv, head_dim = k_SKLD.shape[1], k_SKLD.shape[3]
     heads = qkv.view(qkv.shape[0], num_heads + 2 * num_kv, head_dim)
     qk, v = heads[:, : num_heads + num_kv], heads[:, num_heads + num_kv :]
-    low, high = qk.chunk(2, -1)
+    half = head_dim // 2
     cos, sin = cos_ND.to(qkv.dtype)[:, None], sin_ND.to(qkv.dtype)[:, None]
-    rotated = qk * cos + torch.cat((-high, low), -1) * sin
-    queries, k = rotated[:, :num_heads].contiguous(), rotated[:, num_heads:]
+    rotated = qk * cos
+    rotated[..., :half] -= qk[..., half:] * sin[..., :half]
+    rotated[..., half:] += qk[..., :half] * sin[..., half:]
+    queries, k = rotated[:, :num_heads], rotated[:, num_heads:]
     if len(slot_N) and int(slot_N.min()) < 0:
         real = slot_N >= 0
         slot_N, position_N, k, v = slot_N[real], position_N[real], k[real], v[real]

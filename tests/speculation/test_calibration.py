@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -106,21 +105,3 @@ def test_a_few_nodes_move_the_prior_a_little():
     before = calibration.acceptance(*at)
     calibration.learn(*at, np.zeros(1))
     assert 0.9 * before < calibration.acceptance(*at) < before
-
-
-def test_tensors_give_what_arrays_give_and_learn_in_place():
-    """In place, as a captured graph needs it."""
-    calibration = Calibration()
-    [step] = steps(1, nodes=24)
-    logq, rank, depth = (part.reshape(4, 6) for part in step[:3])
-    tensors = torch.tensor(logq, dtype=torch.float32), torch.tensor(rank).long(), torch.tensor(depth).long()
-    with torch.inference_mode():
-        found = calibration.acceptance(*tensors)
-    assert found.dtype == torch.float32
-    assert found.numpy() == pytest.approx(calibration.acceptance(logq, rank, depth), rel=1e-5)
-    address = calibration._tensor(torch.device("cpu")).data_ptr()
-    calibration.learn(*step)
-    assert calibration._tensor(torch.device("cpu")).data_ptr() == address
-    again = calibration.acceptance(*tensors)
-    assert not torch.equal(again, found)
-    assert again.numpy() == pytest.approx(calibration.acceptance(logq, rank, depth), rel=1e-5)

@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
 
 class Draft:
-    """A draft head bound to its target, sharing the target's embedding and lm_head where it brings none."""
+    """A draft head bound to its target, sharing the target's embedding and lm_head where it brings none.
+
+    feature_width: numbers in the target features of one token
+    """
 
     def __init__(self, path: Path, target: Target, aux_layers: Sequence[int] | None = None) -> None:
         head = load_head(
@@ -86,11 +89,7 @@ class Draft:
         self._target_ids = None if head.target_ids is None else head.target_ids.to(self.device)
         target.capture(self.config.aux_layers)
         self._graphs = target.graphs
-
-    @property
-    def feature_bytes(self) -> int:
-        """Bytes of one token's input feature."""
-        return int(self.config.layer.hidden_size) * self.dtype.itemsize
+        self.feature_width = max(1, len(self.config.aux_layers)) * int(target.embedding.shape[1])
 
     def pool(self) -> Pool:
         """An empty KV pool for the head's layers."""
@@ -101,20 +100,18 @@ class Draft:
         """Lay out a pass for this head."""
         return Layout.of(tiles, spans, self.heads)
 
-    @torch.no_grad()
-    def fuse(self, final: torch.Tensor, captured: torch.Tensor | None) -> torch.Tensor:
-        """The head's input features [N, H_draft] from what `Target.forward` returned."""
-        if captured is None:
-            return final
-        assert self._fc is not None
+    def _fuse(self, features: torch.Tensor) -> torch.Tensor:
+        """The head's input [N, H_draft] from target features [N, sum H]."""
+        if self._fc is None:
+            return features
         if self._input_norm is not None:
-            captured = self._input_norm(captured)[0]
+            features = self._input_norm(features)[0]
         if self._fc_norms:
-            parts = captured.chunk(len(self._fc_norms), -1)
-            captured = torch.cat([norm(part)[0] for norm, part in zip(self._fc_norms, parts, strict=True)], -1)
-        return self._fc(captured)
+            parts = features.chunk(len(self._fc_norms), -1)
+            features = torch.cat([norm(part)[0] for norm, part in zip(self._fc_norms, parts, strict=True)], -1)
+        return self._fc(features)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def forward(self, token_ids: torch.Tensor, hidden: torch.Tensor, layout: Layout, pool: Pool) -> torch.Tensor:
         """Run the head's layers over packed slots; writes their keys and values, returns the output state [N, H].
 
@@ -135,10 +132,13 @@ class Draft:
         return self._final_norm(y)[0] if self.config.norm_output else y
 
     def extend(self, token_ids: torch.Tensor, features: torch.Tensor, layout: Layout, pool: Pool) -> torch.Tensor:
-        """`forward` over target features; another call may overwrite its output."""
+        """`forward` over target features [N, sum H], fused; another call may overwrite its output.
 
-        def run(layout: Layout, token_ids: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-            return (self.forward(token_ids, hidden, layout, pool),)
+        `features` are what `Target.forward` captured, or its final hidden states where the head listens to no layers.
+        """
+
+        def run(layout: Layout, token_ids: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+            return (self.forward(token_ids, self._fuse(features), layout, pool),)
 
         out: torch.Tensor
         [out] = self._graphs.run("extend", run, pool, layout, token_ids, features)
@@ -156,7 +156,7 @@ class Draft:
         out, logp, children = self._graphs.run(f"level {width}", run, pool, layout, token_ids, hidden)
         return out, logp, children
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def top(self, state: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The `k` likeliest next tokens of output states [N, H]: log-probabilities float32 and target ids, [N, k]."""
         if not self.config.norm_output:

@@ -156,7 +156,7 @@ class TorchEngine:
 
         walks = verify.walk(trees, pick)
         first = sampled.tokens(range(num_nodes, num_nodes + len(ends)))
-        self._keep(tiles, walks, spans, final, captured)
+        self._keep(tiles, walks, spans, final if captured is None else captured)
         for row, tree, walked in zip(rows, trees, walks, strict=True):
             self._count(row, tree, walked)
         for span, token in zip(ends, first, strict=True):
@@ -254,7 +254,7 @@ class TorchEngine:
             return
         going_on = ((slot, row) for slot, row in enumerate(self._rows) if row.finish is None)
         behind = {slot: row.seen - row.draft_len for slot, row in going_on}
-        if sum(behind.values()) * self._draft.feature_bytes > PENDING_BYTES:
+        if sum(behind.values()) * self._draft.feature_width * self._draft.dtype.itemsize > PENDING_BYTES:
             self._catch_up(self._draft, [slot for slot, num in behind.items() if num > 1], hold_back=1)
 
     def _chunk(self, start: int) -> list[Span]:
@@ -275,10 +275,9 @@ class TorchEngine:
         tiles: list[Tile],
         walks: list[verify.Walk],
         spans: list[Span],
-        final: torch.Tensor,
-        captured: torch.Tensor | None,
+        features: torch.Tensor,
     ) -> None:
-        """Keep the keys, values and features of accepted nodes and of what was read."""
+        """Keep the keys, values and features [N, sum H] of accepted nodes and of what was read."""
         moves: list[tuple[int, int, int]] = []
         kept: list[tuple[Row, list[int]]] = []
         for tile, walked in zip(tiles, walks, strict=True):
@@ -288,10 +287,11 @@ class TorchEngine:
         if moves:
             self._slots.pools[0].compact(*(self._ids(column) for column in zip(*moves, strict=True)))
         if self._draft is not None:
-            at = self._ids([node for _, nodes in kept for node in nodes])
-            fused = self._draft.fuse(final[at], None if captured is None else captured[at])
-            for (row, _), features in zip(kept, torch.split(fused, [len(nodes) for _, nodes in kept]), strict=True):
-                row.pending.append(features.clone())  # a view would keep the whole step's alive
+            nodes = [node for _, nodes in kept for node in nodes]
+            if nodes != list(range(len(features))):
+                features = features[self._ids(nodes)]
+            for (row, _), own in zip(kept, torch.split(features, [len(nodes) for _, nodes in kept]), strict=True):
+                row.pending.append(own.clone())  # a view would keep the whole step's alive
         for row, nodes in kept:
             row.seen += len(nodes)
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from batchgen.engines.torch.draft import Draft
+    from batchgen.engines.torch.kvcache import Pool
     from batchgen.engines.torch.layout import Layout
     from batchgen.engines.torch.target import Target
 
@@ -36,29 +37,25 @@ def measure(target: Target, draft: Draft, batch_size: int) -> Costs:
         each.resize(batch_size, width)
         for stored in (each.k, each.v):
             stored.fill_(0.5)  # pages that were never written would all be read from one
-    hidden = torch.zeros(1, target.embedding.shape[1], dtype=target.dtype, device=target.device)
+    blank = torch.zeros(0, dtype=target.dtype, device=target.device)
     grid = [n for n in _GRID if n <= min(max(64, 4 * batch_size), batch_size * MAX_NODES)]
 
     def verify(tokens: int, context: int) -> None:
         ids = torch.arange(tokens, device=target.device)
         layout = _layout(target.layout, _spent(tokens, batch_size), context)
-        final, captured, logits = target.verify(ids, layout, pool)
-        logits.argmax(-1).tolist()
-        draft.fuse(final, captured)
+        target.verify(ids, layout, pool)[2].argmax(-1).tolist()
 
     def level(tokens: int, context: int) -> None:
-        ids, state, layout = drafted(tokens, context)
-        draft.level(ids, state, layout, draft_pool, 2)[2].tolist()
+        state = blank.new_zeros(tokens, draft.config.layer.hidden_size)
+        draft.level(*drafted(tokens, state, context), 2)[2].tolist()
 
     def extend(tokens: int, context: int) -> None:
-        ids, state, layout = drafted(tokens, context)
-        out = draft.extend(ids, state, layout, draft_pool)
+        out = draft.extend(*drafted(tokens, blank.new_zeros(tokens, draft.feature_width), context))
         draft.top(out[: min(tokens, batch_size)], 2)[1].tolist()
 
-    def drafted(tokens: int, context: int) -> tuple[torch.Tensor, torch.Tensor, Layout]:
-        ids = torch.arange(tokens, device=target.device)
-        state = hidden.new_zeros(tokens, draft.config.layer.hidden_size)
-        return ids, state, _layout(draft.layout, _evenly(tokens, batch_size), context)
+    def drafted(tokens: int, hidden: torch.Tensor, context: int) -> tuple[torch.Tensor, torch.Tensor, Layout, Pool]:
+        layout = _layout(draft.layout, _evenly(tokens, batch_size), context)
+        return torch.arange(tokens, device=target.device), hidden, layout, draft_pool
 
     def table(run: Callable[[int, int], None]) -> Table:
         rows = min(batch_size, grid[-1])

@@ -127,7 +127,7 @@ class Target:
         """
         try:
             model.set_attn_implementation("eager")
-            with torch.no_grad():
+            with torch.inference_mode():
                 own = model(input_ids=self._probe()[None], use_cache=False).logits[0].float()
             model.set_attn_implementation(_ATTENTION)
         except _CANNOT_RUN as error:
@@ -192,7 +192,7 @@ class Target:
 
         return keep
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def forward(self, token_ids: torch.Tensor, layout: Layout, pool: Pool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Final hidden states after the last norm [N, H] and the captured features side by side [N, sum H] or None."""
         if self._ours is not None:
@@ -228,7 +228,7 @@ class Target:
         hidden, features, logits = self.graphs.run("verify", run, pool, layout, token_ids)
         return hidden, features, logits
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Next-token logits [N, V] of final hidden states [N, H]."""
         return self.lm_head(hidden)

@@ -23,6 +23,8 @@ from batchgen_kernels.tree_attention import MAX_NODES
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
+
     from batchgen.speculation.costs import Costs
     from batchgen.speculation.schedule import Ahead
 
@@ -120,19 +122,22 @@ class AutoTree:
 
     def keep(self, candidates: Candidates, caps: torch.Tensor, shape: Shape, ahead: Ahead) -> torch.Tensor:
         """See `Width`."""
-        path = self._path(candidates, caps, shape)
+        columns = (candidates.logp, candidates.rank, candidates.depth, candidates.parent, caps)
+        logp, rank, depth, parent, cap = (column.numpy() for column in columns)
+
+        def value() -> NDArray[np.float32]:
+            accepted = self._calibration.acceptance(logp, rank, depth)
+            return _along(np.where(depth <= cap[:, None], accepted, np.float32(0)), parent, shape)
+
+        path = value()
         if self._exploring:
-            columns = (candidates.score, candidates.parent, candidates.depth)
-            score, parent, depth = (column.numpy() for column in columns)
-            self._schedule.record(
-                lambda: self._path(candidates, caps, shape).numpy(), score, parent, depth, shape.width
-            )
+            self._schedule.record(value, candidates.score.numpy(), parent, depth, shape.width)
         rows = ahead.rows
         levels = Draft(shape.depth, shape.width).level_tokens(len(path))
         kept = budget.select(
             path,
             num_roots=rows,
-            row_caps=torch.full_like(caps, shape.nodes) if path.shape[1] > shape.nodes else None,
+            row_caps=np.full(len(path), shape.nodes) if path.shape[1] > shape.nodes else None,
             sizes=self._sizes,
             cost=lambda nodes: np.asarray(
                 self.costs.step(rows=rows, extend_tokens=rows, level_tokens=levels, nodes=nodes, context=ahead.context)
@@ -140,18 +145,7 @@ class AutoTree:
             throughput=self._throughput.value(rows),
         )
         self._expected += float(path[kept].sum())
-        return kept
-
-    def _path(self, candidates: Candidates, caps: torch.Tensor, shape: Shape) -> torch.Tensor:
-        """The probability that each candidate is kept, float32 [B, P]; 0 below `caps` [B]."""
-        accepted = self._calibration.acceptance(candidates.logp, candidates.rank, candidates.depth)
-        path = torch.where(candidates.depth <= caps[:, None], accepted, 0.0)
-        start = shape.width
-        for _ in range(1, shape.depth):
-            stop = start + shape.width**2
-            path[:, start:stop] *= path.gather(1, candidates.parent[:, start:stop])
-            start = stop
-        return path
+        return torch.from_numpy(kept)
 
     def spent(self, step: Step, reached: Sequence[tuple[int, int, float]]) -> None:
         """See `Width`."""
@@ -164,10 +158,10 @@ class AutoTree:
         if drafted is not None:
             self._num_drafting += 1
             if reached:
-                at = torch.tensor([(row, column) for row, column, _ in reached], device=drafted.candidates.logp.device)
+                row, column, label = zip(*reached, strict=True)
                 features = (drafted.candidates.logp, drafted.candidates.rank, drafted.candidates.depth)
-                logp, rank, depth = (feature[at[:, 0], at[:, 1]].cpu().numpy() for feature in features)
-                if self._calibration.learn(logp, rank, depth, np.array([label for _, _, label in reached])):
+                logp, rank, depth = (feature.numpy()[row, column] for feature in features)
+                if self._calibration.learn(logp, rank, depth, np.array(label)):
                     self._schedule.revalue()
         # What a second is worth must be told by the clock that nodes are priced by: with costs that are all a third too
         # high, and tokens per real second, hardly a node would seem worth its price.
@@ -204,3 +198,13 @@ class AutoTree:
             "tokens_per_step": round(self._num_tokens / self._num_steps, 3),
             "calibration": self._calibration.report(),
         }
+
+
+def _along(accepted: NDArray[np.float32], parent: NDArray[np.int64], shape: Shape) -> NDArray[np.float32]:
+    """The probability that each candidate is kept [B, P], from that of its acceptance once its parent is kept."""
+    start = shape.width
+    for _ in range(1, shape.depth):
+        stop = start + shape.width**2
+        accepted[:, start:stop] *= np.take_along_axis(accepted, parent[:, start:stop], 1)
+        start = stop
+    return accepted

@@ -108,7 +108,7 @@ def test_a_head_that_paused_drafts_as_if_it_had_not(bench):
 
 
 def test_features_held_back_are_bounded(bench, prompts, monkeypatch):
-    monkeypatch.setattr("batchgen.engines.torch.engine.PENDING_BYTES", 300 * 576 * 4)
+    monkeypatch.setattr("batchgen.engines.torch.engine.PENDING_BYTES", 300 * 3 * 576 * 4)
     engine = bench.engine(Moody(Shape(2, 1, 2), {40}), 4)
     for i, prompt in enumerate(prompts[:4]):
         engine.submit(Request(i, str(i), 0, prompt, Sampling(max_tokens=60)))
