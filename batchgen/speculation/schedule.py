@@ -36,8 +36,8 @@ ARRIVAL_STEPS = 512
 # What drafting must promise, as a multiple of plain tokens per second.
 MARGIN = 1.05
 EXPLORE_SHARE = 0.01
-# Steps between two explorations, and between two looks at the same question.
-EXPLORE_STEPS = DECISION_STEPS = 32
+# Steps between two explorations, and between two looks at the same question where nothing was explored.
+EXPLORE_STEPS, DECISION_STEPS = 32, 64
 # Before exploring has to be paid for: the first row of a small batch may be nothing like the next, and the first step
 # of a large one is judged by a calibration that has seen nothing.
 FIRST_ROWS, FIRST_STEPS = 16, 4
