@@ -16,6 +16,7 @@ from batchgen.speculation.schedule import (
     DECISION_STEPS,
     EXPLORE_ROWS,
     EXPLORE_SHARE,
+    EXPLORE_STEPS,
     FIRST_ROWS,
     FIRST_STEPS,
     MARGIN,
@@ -256,7 +257,7 @@ def test_exploring_costs_its_share_and_finds_when_drafting_pays_again():
     assert explored[:FIRST_STEPS] == list(range(FIRST_STEPS))
     assert len(explored) > FIRST_STEPS + 4
     assert world.extra_s - world.first_s <= EXPLORE_SHARE * world.seconds
-    assert min(b - a for a, b in itertools.pairwise(explored[FIRST_STEPS - 1 :])) >= DECISION_STEPS
+    assert min(b - a for a, b in itertools.pairwise(explored[FIRST_STEPS - 1 :])) >= EXPLORE_STEPS
     before = world.extra_s
     bright = [shape for shape, explored in world.steps(1200, kept=0.98) if not explored]
     resumed = next(i for i, shape in enumerate(bright) if shape != PLAIN)
