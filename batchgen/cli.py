@@ -52,6 +52,7 @@ def main() -> None:
     batchgen plan jobs/quickstart.yaml      what would run
     batchgen submit jobs/quickstart.yaml    run what is left of it
     batchgen status jobs/quickstart.yaml    how far it is
+    batchgen features jobs/quickstart.yaml  hidden states of its rows
 
     \b
     Exit codes: 0 done; 1 too many error rows, or rows are missing; 2 bad job file, input or model;
@@ -119,6 +120,43 @@ def status(spec: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
     found = job.progress(loaded)
     click.echo(terminal.as_json(found) if as_json else terminal.status(found))
+
+
+@main.command()
+@_SPEC
+@_SET
+@click.option(
+    "--to", metavar="FOLDER", help="Where to; by default features/ among what the job keeps beside its parts."
+)
+@click.option(
+    "--layers", metavar="N,N,...", help="After how many decoder layers; by default an EAGLE-3 head's, and all."
+)
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True)
+@_JSON
+def features(
+    spec: str, overrides: tuple[str, ...], to: str | None, layers: str | None, dtype: str, as_json: bool
+) -> None:
+    """Capture the target's hidden states of a job's finished rows, for training a draft head.
+
+    The target reads prompt and completion once more, by the job's engine. What is captured already is left alone, so
+    the same command resumes, and does what is new after the next submit.
+    """
+    loaded = _load(spec, overrides)
+    try:
+        at = None if layers is None else [int(layer) for layer in layers.split(",")]
+    except ValueError as error:
+        raise click.BadParameter(f"{layers!r}: expected numbers such as 2,15,27,30", param_hint="--layers") from error
+    drain = _Drain()
+    from batchgen import features, terminal
+
+    def started(work: Any) -> None:
+        click.echo(terminal.features(work), err=True)
+
+    def stored(file: Any) -> None:
+        click.echo(f"{file.name}: {file.stop - file.start:,} rows, {file.num_tokens:,} tokens", err=True)
+
+    work = features.run(loaded, to=to, layers=at, dtype=dtype, draining=drain.requested, started=started, stored=stored)
+    click.echo(terminal.as_json(work) if as_json else f"features: {work.folder} ({len(work.files):,} files)")
 
 
 @main.command()

@@ -52,6 +52,19 @@ class Engine(Protocol):
         """Give the device memory back. Unfinished requests are forgotten."""
 
 
+class Capture(Protocol):
+    """A target model that reads finished rows and gives its hidden states."""
+
+    max_tokens: int
+    """Tokens of the longest row that it reads."""
+
+    def states(self, rows: Sequence[Sequence[int]]) -> list[Any]:
+        """For each row of S token ids a tensor [S, L, H] on the CPU, in the order of the rows and of the L layers."""
+
+    def close(self) -> None:
+        """Give the device memory back."""
+
+
 def reaches_stop(token_ids: Sequence[int], stop: Sequence[str], decode: Callable[[Sequence[int]], str]) -> bool:
     """Whether the last of the completion's `token_ids` completes a stop string, none before having done so."""
     # A token is at least one byte, so a stop string that the newest token completes lies within this many tokens.

@@ -19,6 +19,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from batchgen.features import Work
     from batchgen.job import Job, Outcome, Survey
     from batchgen.status import Status
     from batchgen.worker import Tally
@@ -213,6 +214,16 @@ def status(found: Status) -> str:
             f"shards: {found.shards_done:,} of {found.shards:,} done",
             f"rows:   {found.rows_done:,} of {found.rows:,} done, {found.rows_journalled:,} in journals, {left:,} left",
         ]
+    )
+
+
+def features(work: Work) -> str:
+    """What `batchgen features` prints before it starts."""
+    tokens = sum(file.num_tokens for file in work.todo)
+    after = ", ".join(map(str, work.layers))
+    return (
+        f"{len(work.todo):,} of {len(work.files):,} files to do: {tokens:,} tokens, after layers {after}, in "
+        f"{work.dtype}: {_bytes(work.num_bytes)}"
     )
 
 

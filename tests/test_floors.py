@@ -21,6 +21,7 @@ FLOORS = [
     {"worker", "report", "status"},
     {"cluster"},
     {"job"},
+    {"features"},
     {"terminal"},
     {"cli"},
 ]
@@ -29,7 +30,7 @@ FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 # What only some rooms may import. Engines, speculation and kernels must run where there is torch and little else.
 BARE = {"torch", "transformers", "triton", "safetensors", "numpy", "batchgen_kernels"}
 ONLY_IN = {
-    "torch": {"engines", "batchgen_kernels", "models", "provenance"},
+    "torch": {"engines", "features", "batchgen_kernels", "models", "provenance"},
     "triton": {"batchgen_kernels"},
     "vllm": {"engines"},
     "ray": {"cluster"},

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from batchgen import provenance
 from batchgen.engines.rehearsal import RehearsalEngine, Script
-from batchgen.errors import ModelError
+from batchgen.errors import ModelError, SpecError
 from batchgen.speculation.costs import load_costs, save_costs
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from batchgen.engines.torch.draft import Draft
     from batchgen.engines.torch.target import Target
-    from batchgen.generate import Engine
+    from batchgen.generate import Capture, Engine
     from batchgen.models import Model
     from batchgen.spec import Spec
     from batchgen.speculation.costs import Costs
@@ -84,27 +84,18 @@ def build(
     assert target is not None
     if spec.engine.kind == "vllm":
         return _vllm(spec, target, draft, decode, costs)
-    import os
-
-    import torch
-
     from batchgen.engines.torch.draft import Draft
     from batchgen.engines.torch.engine import TorchEngine
     from batchgen.engines.torch.forest import Shape
-    from batchgen.engines.torch.target import Target
     from batchgen.engines.torch.width import AutoTree
 
-    on = torch.device(device(spec))
-    if on.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError("engine.device is cuda, but torch sees no CUDA device; say cpu or auto")
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    model = Target(target.path, getattr(torch, dtype(spec)), on)
+    model = _target(spec, target)
     tree = spec.speculation.tree
     if draft is None or tree == "off":
         return TorchEngine(model, None, decode=decode, batch_size=spec.batch_size)
     head = Draft(draft.path, model, spec.model.aux_layers)
     if tree == "auto":
-        key = (provenance.machine(on.type), target.identity, draft.identity, dtype(spec), str(spec.batch_size))
+        key = (provenance.machine(device(spec)), target.identity, draft.identity, dtype(spec), str(spec.batch_size))
         passes = _costs(costs, "|".join((*key, *provenance.versions().values())), model, head, spec.batch_size)
         return TorchEngine(
             model, head, decode=decode, batch_size=spec.batch_size, width=AutoTree(passes, model.graphs.sizes)
@@ -157,6 +148,66 @@ def _vllm(
         seed=spec.sampling.seed,
         lengths=folder / f"lengths-{hashlib.sha256(key.encode()).hexdigest()[:24]}.json",
     )
+
+
+def layers(target: Model, asked: Sequence[int] | None) -> tuple[tuple[int, ...], int]:
+    """Which decoder layers to capture, by their count from the embedding on, and the width of a hidden state.
+
+    By default those that EAGLE-3 heads listen to (SafeAILab/EAGLE, `eagle/model/modeling_llama_kv.py`), and the last.
+
+    Raises:
+        SpecError: `asked` names layers that the target does not have.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(target.path).get_text_config()
+    num = int(config.num_hidden_layers)
+    found = tuple(sorted({2, num // 2, num - 3, num} if asked is None else set(asked)))
+    if not found or found[0] < 0 or found[-1] > num:
+        raise SpecError(f"layers: found {', '.join(map(str, found))}; {target.path} has 0 (the embedding) to {num}")
+    return found, int(config.hidden_size)
+
+
+def capture(spec: Spec, target: Model, at: Sequence[int], out_dtype: str) -> Capture:
+    """What reads hidden states after the layers `at` on the job's engine, in `out_dtype`, weights loaded.
+
+    Raises:
+        SpecError, ModelError: the engine has no hidden states, or cannot run the model.
+    """
+    if spec.engine.kind == "rehearsal":
+        raise SpecError("engine.kind: rehearsal has no model, and so no hidden states; use torch or vllm")
+    import torch
+
+    if spec.engine.kind == "vllm":
+        from batchgen.engines.vllm_capture import VllmCapture
+
+        return VllmCapture(
+            target.path,
+            at,
+            dtype=dtype(spec),
+            out_dtype=getattr(torch, out_dtype),
+            device=device(spec),
+            batch_size=spec.batch_size,
+            options={name: value for name, value in spec.engine.options.items() if name != "speculative_config"},
+        )
+    from batchgen.engines.torch.capture import TorchCapture
+
+    return TorchCapture(_target(spec, target), at, getattr(torch, out_dtype))
+
+
+def _target(spec: Spec, target: Model) -> Target:
+    """The torch engine's target, loaded, with every core at its service."""
+    import os
+
+    import torch
+
+    from batchgen.engines.torch.target import Target
+
+    on = torch.device(device(spec))
+    if on.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError("engine.device is cuda, but torch sees no CUDA device; say cpu or auto")
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    return Target(target.path, getattr(torch, dtype(spec)), on)
 
 
 def _costs(folder: Path, key: str, target: Target, draft: Draft, batch_size: int) -> Costs:

@@ -1,0 +1,116 @@
+"""Hidden states of finished rows by vLLM: its `extract_hidden_states`, which hands them over as files of a row each."""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+
+from batchgen.engines import vllm_process
+from batchgen.errors import EngineError, SpecError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import torch
+
+# Of all that vLLM draws from a row, nothing is wanted.
+_PARAMETERS: dict[str, Any] = {"temperature": 0.0, "max_tokens": 1, "detokenize": False}
+
+
+class VllmCapture:
+    """The `Capture` of engine kind vllm; `options` as for `vllm.VllmEngine`.
+
+    Raises:
+        SpecError: vLLM has no such option, or refuses its value.
+        ModelError: vLLM is not installed, or cannot run the model.
+    """
+
+    def __init__(
+        self,
+        target: Path,
+        layers: Sequence[int],
+        *,
+        dtype: str,
+        out_dtype: torch.dtype,
+        device: str,
+        batch_size: int,
+        options: Mapping[str, Any],
+    ) -> None:
+        vllm_process.check_options(options)
+        if "kv_transfer_config" in options:
+            raise SpecError("engine.options.kv_transfer_config: hidden states are handed over through it; leave it out")
+        self._dtype = out_dtype
+        self._folder = Path(tempfile.mkdtemp(prefix="batchgen-states-"))
+        on_cpu = device == "cpu"
+        connector = {"kv_connector": "CpuHiddenStates", "kv_connector_module_path": "batchgen.engines.vllm_connector"}
+        arguments: dict[str, Any] = vllm_process.for_cpu() if on_cpu else {}
+        arguments |= {"use_tqdm_on_load": False} | dict(options)
+        arguments |= {
+            "model": str(target),
+            "dtype": dtype,
+            "max_num_seqs": batch_size,
+            "enable_prefix_caching": False,  # what is not computed is not captured
+            "speculative_config": {
+                "method": "extract_hidden_states",
+                "num_speculative_tokens": 1,
+                "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": list(layers)}},
+            },
+            "kv_transfer_config": (connector if on_cpu else {"kv_connector": "ExampleHiddenStatesConnector"})
+            | {"kv_role": "kv_producer", "kv_connector_extra_config": {"shared_storage_path": str(self._folder)}},
+        }
+        self._next_id = 0
+        self._engine = vllm_process.launch(arguments, device)
+        # One token more is drawn from each row.
+        self.max_tokens = int(self._engine.model_config.max_model_len) - 1
+
+    def states(self, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """[S, L, H] on the CPU for each row of S token ids, in their order.
+
+        Raises:
+            EngineError: vLLM's process died.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        first = self._next_id
+        self._next_id += len(rows)
+        sampling = SamplingParams(**_PARAMETERS, output_kind=RequestOutputKind.FINAL_ONLY)
+        found: list[torch.Tensor | None] = [None] * len(rows)
+        try:
+            for i, ids in enumerate(rows):
+                self._engine.add_request(str(first + i), {"prompt_token_ids": list(ids)}, sampling)
+            while self._engine.has_unfinished_requests():
+                for output in self._engine.step():
+                    i = int(output.request_id) - first
+                    found[i] = self._load(Path(output.kv_transfer_params["hidden_states_path"]), rows[i])
+        except Exception as error:
+            if not vllm_process.died(error):
+                raise
+            raise EngineError(
+                "vLLM's process died while it read hidden states; run the same command again to go on"
+            ) from error
+        return [states for states in found if states is not None]
+
+    def _load(self, file: Path, ids: Sequence[int]) -> torch.Tensor:
+        lock = Path(f"{file}.lock")
+        with lock.open() as held:
+            fcntl.flock(held, fcntl.LOCK_SH)  # its writer lets go when the file is whole, or dead
+        if not file.exists():
+            raise EngineError(
+                "vLLM's process ended without the hidden states of a row; run the same command again to go on"
+            )
+        stored = safetensors.torch.load_file(file)
+        assert stored["token_ids"].tolist() == list(ids)
+        file.unlink()
+        lock.unlink()
+        return stored["hidden_states"].to(self._dtype)
+
+    def close(self) -> None:
+        """End vLLM's process."""
+        self._engine.engine_core.shutdown()
+        shutil.rmtree(self._folder, ignore_errors=True)

@@ -1,0 +1,213 @@
+"""Hidden states of a job's finished rows, for training draft heads: a second, prefill-only pass over its parts.
+
+A file holds some rows of one part, and is stored by one create-only request: what stands is done, so the same command
+resumes after a crash, and does what is new after the next submit. Files are named by the part's shard and its commit,
+so that a part that was replaced is read again.
+
+A file is safetensors, rows one after the other, S tokens in all of N rows:
+
+    hidden_states [S, L, H]   the residual stream after each of L decoder layers, of 0 the embedding, before any norm
+    token_ids [S] int64       prompt and completion
+    loss_mask [S] uint8       1 where the target itself wrote the token
+    lengths [N] int64         tokens of each row
+
+and its metadata names `layers`, and `row_ids` and `samples` of the rows, as JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchgen import engines, models, write
+from batchgen.errors import DrainedError, InputError, OutputConflictError
+from batchgen.job import JOB
+from batchgen.store import STATE_FOLDER, connect
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from batchgen.generate import Capture
+    from batchgen.spec import Spec
+    from batchgen.store import Store
+
+log = logging.getLogger("batchgen.features")
+
+FILE_BYTES = 256 << 20
+DTYPES = ("bfloat16", "float16", "float32")
+_COLUMNS = ["row_id", "sample", "status", "prompt_token_ids", "completion_token_ids"]
+_MANIFEST = "features.json"
+# Rows that a capture gets at a time: what is not yet stored is lost in a crash, and kept in memory until then.
+_ROWS = 64
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class File:
+    """Rows of one part, by their place among its finished ones: what one file of hidden states holds."""
+
+    name: str
+    part: str
+    start: int
+    stop: int
+    num_tokens: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Work:
+    """What a capture is to do; `num_bytes` is the size of `todo`."""
+
+    folder: str
+    layers: tuple[int, ...]
+    dtype: str
+    files: list[File]
+    todo: list[File]
+    num_bytes: int
+
+
+def run(
+    spec: Spec,
+    *,
+    to: str | None = None,
+    layers: Sequence[int] | None = None,
+    dtype: str = "bfloat16",
+    draining: Callable[[], bool] = lambda: False,
+    started: Callable[[Work], None] = lambda work: None,
+    stored: Callable[[File], None] = lambda file: None,
+) -> Work:
+    """Capture what is not captured yet, into the folder `to` or one beside the job's parts; returns what was to do.
+
+    `layers` are counts of decoder layers, by default those that EAGLE-3 heads listen to and the last one. `started` is
+    called before any model is loaded, `stored` after each file.
+
+    Raises:
+        InputError: the job has no parts, or they hold no token ids.
+        OutputConflictError: the parts are of another target, or the folder holds other layers or another dtype.
+        DrainedError: `draining` became true.
+    """
+    sink = connect(spec.output.path, spec.output.storage_options)
+    output = spec.output.path.rstrip("/")
+    folder = (to or f"{output}/{STATE_FOLDER}/features").rstrip("/")
+    target_store = sink if to is None else connect(folder, spec.output.storage_options)
+    target = models.fetch(spec.model.target)
+    _check_target(sink, output, target.identity)
+    at, width = engines.layers(target, layers)
+    _own(target_store, folder, {"layers": list(at), "dtype": dtype, "target_identity": target.identity})
+    token_bytes = len(at) * width * (4 if dtype == "float32" else 2)
+    files = list(_files(sink, output, max(1, FILE_BYTES // token_bytes)))
+    there = {url.rsplit("/", 1)[-1] for url in target_store.find(folder, recursive=False)}
+    todo = [file for file in files if file.name not in there]
+    work = Work(folder, at, dtype, files, todo, sum(file.num_tokens for file in todo) * token_bytes)
+    started(work)
+    if not todo:
+        return work
+    capture = engines.capture(spec, target, at, dtype)
+    try:
+        for file in todo:
+            data = _captured(capture, sink, file, at, draining)
+            target_store.create(f"{folder}/{file.name}", data)
+            stored(file)
+    finally:
+        capture.close()
+    return work
+
+
+def _check_target(store: Store, output: str, identity: str) -> None:
+    try:
+        job = json.loads(store.read(f"{output}/{JOB}"))
+    except FileNotFoundError as error:
+        raise InputError(f"{output}: no job has written there yet; submit it first") from error
+    if job.get("target_identity") != identity:
+        raise OutputConflictError(
+            f"{output}: its rows are of the target {job.get('target')} ({job.get('target_identity')}), "
+            f"not of the one named now ({identity})"
+        )
+
+
+def _own(store: Store, folder: str, facts: dict[str, Any]) -> None:
+    url = f"{folder}/{_MANIFEST}"
+    if store.create(url, json.dumps(facts, indent=2).encode()):
+        return
+    theirs = json.loads(store.read(url))
+    differing = [
+        f"{name} {theirs.get(name)}, not {value}" for name, value in facts.items() if theirs.get(name) != value
+    ]
+    if differing:
+        raise OutputConflictError(
+            f"{folder}: holds features of {'; '.join(differing)}; choose another folder with --to"
+        )
+
+
+def _files(store: Store, output: str, most_tokens: int) -> Iterator[File]:
+    """What each file is to hold, parts in the order of their names."""
+    found = write.parts(store, output)
+    if not found:
+        raise InputError(f"{output}: holds no finished part yet; submit the job first")
+    for key, url in sorted(found.items(), key=lambda item: item[1]):
+        lengths, commit = _lengths(store, url)
+        start = tokens = 0
+        for row, length in enumerate([*lengths, most_tokens]):
+            if tokens and tokens + length > most_tokens:
+                yield File(f"states-{key}-{commit}-{start:06d}.safetensors", url, start, row, tokens)
+                start, tokens = row, 0
+            tokens += length
+
+
+def _lengths(store: Store, url: str) -> tuple[list[int], str]:
+    """Tokens of each finished row of a part, and what names the part's content."""
+    with store.open(url) as stream:
+        file = pq.ParquetFile(stream, page_checksum_verification=True)
+        missing = [name for name in _COLUMNS if name not in file.schema_arrow.names]
+        if missing:
+            raise InputError(f"{url}: has no column {missing[0]}; hidden states need output.token_ids: true")
+        commit = (file.schema_arrow.metadata or {}).get(b"batchgen.commit", b"").decode()[:8]
+        table = file.read(columns=["status", "prompt_tokens", "completion_tokens"])
+    table = table.filter(pa.compute.equal(table["status"], "ok"))
+    return pa.compute.add(table["prompt_tokens"], table["completion_tokens"]).to_pylist(), commit
+
+
+def _captured(capture: Capture, store: Store, file: File, layers: Sequence[int], draining: Callable[[], bool]) -> bytes:
+    with store.open(file.part) as stream:
+        table = pq.ParquetFile(stream, page_checksum_verification=True).read(columns=_COLUMNS)
+    table = table.filter(pa.compute.equal(table["status"], "ok")).slice(file.start, file.stop - file.start)
+    rows = table.to_pylist()
+    too_long = [row for row in rows if _num_tokens(row) > capture.max_tokens]
+    for row in too_long:
+        log.warning(
+            "%s: row %s has %d tokens, and the engine reads %d; it is left out of %s",
+            file.part, row["row_id"], _num_tokens(row), capture.max_tokens, file.name,
+        )  # fmt: skip
+    rows = [row for row in rows if _num_tokens(row) <= capture.max_tokens]
+    states = []
+    for first in range(0, len(rows), _ROWS):
+        some = rows[first : first + _ROWS]
+        if draining():
+            raise DrainedError(f"stopped before {file.name}; run the same command again to go on")
+        states += capture.states([[*row["prompt_token_ids"], *row["completion_token_ids"]] for row in some])
+    return _encode(rows, states, layers)
+
+
+def _num_tokens(row: dict[str, Any]) -> int:
+    return len(row["prompt_token_ids"]) + len(row["completion_token_ids"])
+
+
+def _encode(rows: Sequence[dict[str, Any]], states: Sequence[Any], layers: Sequence[int]) -> bytes:
+    import torch
+    from safetensors.torch import save
+
+    ids = [[*row["prompt_token_ids"], *row["completion_token_ids"]] for row in rows]
+    mask = [[0] * len(row["prompt_token_ids"]) + [1] * len(row["completion_token_ids"]) for row in rows]
+    tensors = {
+        "hidden_states": torch.cat(list(states)),
+        "token_ids": torch.tensor([token for row in ids for token in row], dtype=torch.int64),
+        "loss_mask": torch.tensor([each for row in mask for each in row], dtype=torch.uint8),
+        "lengths": torch.tensor([len(row) for row in ids], dtype=torch.int64),
+    }
+    named = {"row_ids": [row["row_id"] for row in rows], "samples": [row["sample"] for row in rows]}
+    metadata = {name: json.dumps(value) for name, value in (named | {"layers": list(layers)}).items()}
+    data: bytes = save(tensors, metadata)
+    return data
