@@ -37,7 +37,8 @@ def vllm(session: nox.Session) -> None:
     # Built for CUDA, they break `import transformers` where torch is not; nothing in text generation needs them.
     session.run("pip", "uninstall", "-q", "-y", "torchvision", "torchaudio", "torchcodec")
     chosen = session.posargs or ["-m", "not slow"]
-    session.run("pytest", "tests/engines/vllm", *chosen, env={"HF_HUB_OFFLINE": "1"})
+    on_vllm = ["tests/engines/vllm", "tests/engines/test_conformance.py", "-k", "vllm"]
+    session.run("pytest", *on_vllm, *chosen, env={"HF_HUB_OFFLINE": "1"})
 
 
 @nox.session

@@ -187,8 +187,8 @@ class VllmEngine:
             speculative["num_speculative_tokens"] = length
         elif not _LENGTHS & speculative.keys():
             speculative["num_speculative_tokens"] = LONGEST
-            # Says to vLLM that the length will vary; the scheduler's own table takes its place.
-            speculative["num_speculative_tokens_per_batch_size"] = [[1, self.capacity, LONGEST]]
+            # vLLM captures CUDA graphs for the lengths of its table; the scheduler's own takes its place.
+            speculative["num_speculative_tokens_per_batch_size"] = _every_length(self.capacity)
             arguments["additional_config"] = {"batchgen": {"lengths": str(self._lengths)}}
         return arguments
 
@@ -330,6 +330,14 @@ class VllmEngine:
         engine, self._engine = self._engine, None
         if engine is not None:
             engine.engine_core.shutdown()
+
+
+def _every_length(capacity: int) -> list[list[int]]:
+    """A table that has each length from the longest down to none, as far as there are numbers of rows."""
+    lengths = range(LONGEST, -1, -1)[:capacity]
+    table = [[rows, rows, length] for rows, length in enumerate(lengths, 1)]
+    table[-1][1] = capacity
+    return table
 
 
 def _acceptance(steps: int, counted: Any) -> Acceptance:

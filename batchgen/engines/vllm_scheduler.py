@@ -46,7 +46,9 @@ class _Mixin(Scheduler):
         if self._file is not None:
             self._lengths = _load(self._file, self.num_spec_tokens)
         self._since = self._saved = time.monotonic()
-        self._in_flight = 0
+        self._in_flight = self._planned = 0
+        # Others draft for each row what was asked for, but at its end.
+        self._ragged = self.vllm_config.speculative_config and self.vllm_config.speculative_config.method == "ngram"
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Choose the draft length, then schedule as ever."""
@@ -103,17 +105,18 @@ class _Mixin(Scheduler):
         return text
 
     def _learn(self, lengths: ChainLengths, scheduled: SchedulerOutput, ran: ModelRunnerOutput, seconds: float) -> None:
-        drafts = scheduled.scheduled_spec_decode_tokens
-        for request_id, drafted in drafts.items():
+        drafts, num_scheduled = scheduled.scheduled_spec_decode_tokens, scheduled.num_scheduled_tokens
+        # What this step verifies was drafted at the end of the one before it.
+        planned, self._planned = self._planned, scheduled.num_spec_tokens_to_schedule
+        decoding = [each for each in num_scheduled if each in self.requests and self.requests[each].num_output_tokens]
+        for request_id in decoding:
             sampled = ran.sampled_token_ids[ran.req_id_to_index[request_id]]
-            if sampled:
-                lengths.judged(len(drafted), len(sampled) - 1)
-        rows = len(scheduled.num_scheduled_tokens)
-        verified = {len(drafts.get(request_id, ())) for request_id in scheduled.num_scheduled_tokens}
-        decoding = scheduled.total_num_scheduled_tokens == rows + sum(map(len, drafts.values()))
-        drafting = scheduled.num_spec_tokens_to_schedule
-        if rows and decoding and verified == {drafting}:
-            lengths.seen(rows, drafting, seconds)
+            drafted = planned if self._ragged else len(drafts.get(request_id, ()))
+            if sampled and drafted:
+                lengths.judged(drafted, min(len(sampled) - 1, drafted))
+        if planned == self._planned and 2 * len(decoding) > len(num_scheduled):
+            prompt_tokens = sum(num_scheduled.values()) - sum(num_scheduled[each] for each in decoding)
+            lengths.seen(len(num_scheduled), planned, seconds, prompt_tokens)
         if time.monotonic() - self._saved > SAVE_SECONDS:
             self._save()
 

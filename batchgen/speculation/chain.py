@@ -3,6 +3,10 @@
 Such an engine tells what its steps took and how many tokens were accepted at each position, nothing else. So lengths
 are compared by measurement: for each power of two of running rows, the best length so far is at work, and now and then
 a few steps probe a neighbour. Length 0 is a candidate like any other.
+
+Steps that read prompts beside the decoding rows take longer by the tokens that they read, and in a large batch hardly a
+step reads none. So the price of such a token is fitted, and the seconds of a length are those of a step without:
+prompts must be read whatever the length.
 """
 
 from __future__ import annotations
@@ -18,8 +22,10 @@ if TYPE_CHECKING:
 
 # Steps of one probe; the first of them still verifies what was drafted before it, and is not measured.
 PROBE_STEPS = 4
-# Steps between two probes: the fewest, in a batch of a size never seen before, and the most.
+# Steps between two probes: the fewest, in a batch of a size never seen before, and the most where a probe costs little.
 FIRST_PAUSE, LONGEST_PAUSE = 8, 128
+# What probing may lose of all tokens, once every pause is a long one.
+PROBE_SHARE = 0.005
 # A length must promise this multiple of the current one's tokens per second to replace it.
 MARGIN = 1.02
 # Steps that a mean of seconds remembers, and drafts that an acceptance rate remembers.
@@ -29,16 +35,47 @@ WARM_UP_DRAFTS = 32
 
 
 @dataclasses.dataclass(slots=True)
+class _Steps:
+    """Steps of one length: means of their seconds and of the prompt tokens they read, and how the two vary together."""
+
+    num: int = 0
+    seconds: float = 0.0
+    prompt: float = 0.0
+    together: float = 0.0
+    spread: float = 0.0
+
+    def add(self, seconds: float, prompt: int) -> None:
+        self.num = min(self.num + 1, MEMORY_STEPS)
+        share = 1 / self.num
+        by_seconds, by_prompt = seconds - self.seconds, prompt - self.prompt
+        self.seconds += share * by_seconds
+        self.prompt += share * by_prompt
+        self.together = (1 - share) * (self.together + share * by_seconds * by_prompt)
+        self.spread = (1 - share) * (self.spread + share * by_prompt**2)
+
+
+@dataclasses.dataclass(slots=True)
 class _Size:
-    """What is known of one number of rows: mean seconds of a step by length, and how many steps made the mean."""
+    """What is known of one number of rows: steps by length, and how often a length was probed."""
 
     best: int
-    seconds: dict[int, float] = dataclasses.field(default_factory=dict)
-    steps: dict[int, int] = dataclasses.field(default_factory=dict)
+    steps: dict[int, _Steps] = dataclasses.field(default_factory=dict)
+    probes: dict[int, int] = dataclasses.field(default_factory=dict)
     pause: int = FIRST_PAUSE
     wait: int = FIRST_PAUSE
     probing: int | None = None
     left: int = 0
+
+    def seconds(self) -> dict[int, float]:
+        """Seconds of a step that reads no prompt, by length."""
+        spread = sum(steps.spread for steps in self.steps.values())
+        together = sum(steps.together for steps in self.steps.values())
+        a_token = max(0.0, together / spread) if spread > 0 else 0.0
+        # Noise must not make a step free.
+        return {
+            length: max(steps.seconds - a_token * steps.prompt, 0.1 * steps.seconds)
+            for length, steps in self.steps.items()
+        }
 
 
 class ChainLengths:
@@ -57,21 +94,21 @@ class ChainLengths:
             if size.wait > 0:
                 return size.best
             size.probing, size.left = self._candidate(size), PROBE_STEPS
+            size.probes[size.probing] = size.probes.get(size.probing, 0) + 1
         length = size.probing
         size.left -= 1
         if size.left == 0:
             size.probing = None
-            size.wait, size.pause = size.pause, min(2 * size.pause, LONGEST_PAUSE)
+            size.pause = min(2 * size.pause, LONGEST_PAUSE)
+            size.wait = max(size.pause, self._repaid(size, length))
         return length
 
-    def seen(self, rows: int, length: int, seconds: float) -> None:
-        """A step of `rows` rows verified chains of `length`, drafted as many and took `seconds`; no prompt was read."""
+    def seen(self, rows: int, length: int, seconds: float, prompt_tokens: int = 0) -> None:
+        """A step of `rows` rows verified chains of `length` and drafted as many, beside reading `prompt_tokens`."""
         size = self._size(rows)
-        steps = size.steps[length] = min(size.steps.get(length, 0) + 1, MEMORY_STEPS)
-        mean = size.seconds.get(length, seconds)
-        size.seconds[length] = mean + (seconds - mean) / steps
+        size.steps.setdefault(length, _Steps()).add(seconds, prompt_tokens)
         if size.probing is None:
-            values = {each: self.tokens(each) / taken for each, taken in size.seconds.items()}
+            values = self._values(size)
             # A length that was never at work has no value: the first measured one replaces it.
             now = MARGIN * values.get(size.best, 0.0)
             best = max(values, key=lambda each: values[each])
@@ -119,8 +156,7 @@ class ChainLengths:
     def as_json(self) -> str:
         """All that was learned."""
         sizes = {
-            bucket: {"best": s.best, "seconds": list(s.seconds.items()), "steps": list(s.steps.items())}
-            for bucket, s in self._sizes.items()
+            bucket: {"best": size.best, "seconds": list(size.seconds().items())} for bucket, size in self._sizes.items()
         }
         counts = {"drafted": self._drafted.tolist(), "accepted": self._accepted.tolist()}
         return json.dumps({"longest": self.longest, "sizes": sizes} | counts)
@@ -137,8 +173,9 @@ class ChainLengths:
         lengths._drafted = _counts(facts["drafted"], lengths.longest)
         lengths._accepted = _counts(facts["accepted"], lengths.longest)
         for bucket, size in facts["sizes"].items():
-            seconds, steps = ({int(k): v for k, v in size[name]} for name in ("seconds", "steps"))
-            lengths._sizes[int(bucket)] = _Size(int(size["best"]), seconds, steps, LONGEST_PAUSE, LONGEST_PAUSE)
+            steps = {int(length): _Steps(num=1, seconds=float(seconds)) for length, seconds in size["seconds"]}
+            known = _Size(int(size["best"]), steps, pause=LONGEST_PAUSE, wait=LONGEST_PAUSE)
+            lengths._sizes[int(bucket)] = known
         return lengths
 
     def _size(self, rows: int) -> _Size:
@@ -149,10 +186,21 @@ class ChainLengths:
             self._sizes[bucket] = _Size(best)
         return self._sizes[bucket]
 
+    def _values(self, size: _Size) -> dict[int, float]:
+        """Tokens per second of a row, by length."""
+        return {length: self.tokens(length) / seconds for length, seconds in size.seconds().items()}
+
+    def _repaid(self, size: _Size, probed: int) -> int:
+        """Steps after which what a probe of this length loses is no more than `PROBE_SHARE`."""
+        values = self._values(size)
+        if probed not in values or size.best not in values:
+            return 0
+        return round(PROBE_STEPS * max(0.0, 1 - values[probed] / values[size.best]) / PROBE_SHARE)
+
     def _candidate(self, size: _Size) -> int:
-        """The neighbour, or 0, that was measured least; of equals the longer one, which tells more."""
+        """The neighbour, or 0, that was probed least; of equals the longer one, which tells more."""
         near = {size.best - 1, size.best + 1, 0} & set(range(self.longest + 1)) - {size.best}
-        return min(sorted(near, reverse=True), key=lambda length: size.steps.get(length, 0), default=size.best)
+        return min(sorted(near, reverse=True), key=lambda length: size.probes.get(length, 0), default=size.best)
 
 
 def _counts(values: Sequence[float], num: int) -> np.ndarray[Any, Any]:

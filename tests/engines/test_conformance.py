@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from batchgen import engines, models, spec
 from batchgen.engines.rehearsal import RehearsalEngine, Script
 from batchgen.engines.torch.engine import TorchEngine
 from batchgen.engines.torch.target import Target
 from batchgen.errors import ModelError, SpecError
 from batchgen.record import Request, Sampling
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
+ROOT = Path(__file__).parents[2]
 TINY = {
     "vocab_size": 300,
     "hidden_size": 32,
@@ -54,11 +54,40 @@ def llama(tmp_path_factory) -> Path:
     return tiny(tmp_path_factory.mktemp("llama"), "llama")
 
 
-@pytest.fixture(params=["torch", "rehearsal"])
-def engine(request, llama):
+class Vllm:
+    """A real vLLM with the demo model, kept from test to test, since starting takes half a minute."""
+
+    def __init__(self) -> None:
+        self.engine = None
+
+    def running(self):
+        if self.engine is None or self.engine._engine is None:
+            job = spec.load(
+                str(ROOT / "jobs/quickstart.yaml"),
+                ["engine.kind=vllm", "speculation.tree=off", "batch_size=4", "engine.options.max_model_len=256"],
+            )
+            self.engine = engines.build(job, models.fetch(job.model.target), None, decode, ROOT)
+        return self.engine
+
+
+@pytest.fixture(scope="session")
+def vllm():
+    held = Vllm()
+    yield held
+    if held.engine is not None:
+        held.engine.close()
+
+
+KINDS = ["torch", "rehearsal"]
+if importlib.util.find_spec("vllm") is not None:
+    KINDS.append(pytest.param("vllm", marks=pytest.mark.filterwarnings("default")))  # vLLM's imports warn
+
+
+@pytest.fixture(params=KINDS)
+def engine(request, llama, vllm):
     if request.param == "torch":
         return torch_engine(llama, 4)
-    return RehearsalEngine(batch_size=4, script=Script())
+    return vllm.running() if request.param == "vllm" else RehearsalEngine(batch_size=4, script=Script())
 
 
 def ask(i: int, **sampling) -> Request:

@@ -30,8 +30,11 @@ class World:
     def best(self, rows: int) -> int:
         return max(range(LONGEST + 1), key=lambda length: self.speed(rows, length))
 
-    def run(self, lengths: ChainLengths, rows: int, steps: int) -> list[int]:
-        """The lengths of the steps; what is drafted in one is verified in the next."""
+    def run(self, lengths: ChainLengths, rows: int, steps: int, prompt_tokens: int = 0) -> list[int]:
+        """The lengths of the steps; what is drafted in one is verified in the next.
+
+        Up to `prompt_tokens` of prompts are read in each, at the price of other tokens.
+        """
         verified, chosen = 0, []
         for _ in range(steps):
             drafting = lengths.next(rows)
@@ -39,7 +42,9 @@ class World:
                 hits = self.dice.random(verified) < self.rate
                 lengths.judged(verified, int(hits.cumprod().sum()))
             if verified == drafting:
-                lengths.seen(rows, drafting, self.seconds(rows, drafting) * self.dice.normal(1, self.noise))
+                prompt = int(self.dice.integers(prompt_tokens + 1))
+                seconds = self.seconds(rows, drafting) + prompt * self.a_token
+                lengths.seen(rows, drafting, seconds * self.dice.normal(1, self.noise), prompt)
             verified = drafting
             chosen.append(drafting)
         return chosen
@@ -60,7 +65,17 @@ def test_probing_costs_little_once_the_length_is_found():
     chosen = world.run(lengths, 64, 1000)
     spent = sum(world.seconds(64, length) for length in chosen)
     got = sum(world.speed(64, length) * world.seconds(64, length) for length in chosen)
-    assert got / spent >= 0.98 * world.speed(64, world.best(64))
+    assert got / spent >= 0.985 * world.speed(64, world.best(64))
+
+
+@pytest.mark.parametrize("rows", [8, 64])
+@pytest.mark.parametrize("rate", [0.3, 0.6, 0.8])
+def test_prompts_in_every_step_hide_nothing(rows, rate):
+    """As many tokens of prompts as of rows, up to four times that."""
+    world, lengths = World(rate, 0.01, 0.002), ChainLengths(LONGEST)
+    world.run(lengths, rows, 1500, prompt_tokens=4 * rows)
+    at_work = np.bincount(world.run(lengths, rows, 300, prompt_tokens=4 * rows)).argmax()
+    assert world.speed(rows, at_work) >= 0.93 * world.speed(rows, world.best(rows))
 
 
 def test_a_draining_batch_goes_on_from_its_neighbour_and_lengthens():

@@ -14,6 +14,7 @@ import polars as pl
 import psutil
 import pytest
 
+from batchgen import engines, spec
 from batchgen.errors import ModelError, SpecError
 from batchgen.record import Sampling
 
@@ -168,6 +169,21 @@ def test_sampling_beside_drafts_is_refused_where_vllm_samples_wrong_tokens(demo)
 def test_options_that_vllm_does_not_take_are_refused_by_name(demo, settings, found):
     with pytest.raises(SpecError, match=found):
         demo.engine("vllm", "speculation.tree=off", *settings)
+
+
+def test_hidden_states_are_those_of_the_torch_engine(demo):
+    """Which are transformers' (tests/test_features.py); prompts of up to 200 tokens, read 64 at a time."""
+    asked = [ids + ids[:9] for ids in demo.prompts(10, "mt_bench")]
+    found = {}
+    for kind, options in {"torch": [], "vllm": ["engine.options.max_num_batched_tokens=64"]}.items():
+        job = spec.load(str(ROOT / "jobs/quickstart.yaml"), [f"engine.kind={kind}", "model.dtype=float32", *options])
+        capture = engines.capture(job, demo.model, (0, 2, 15, 30), "float32")
+        found[kind] = capture.states(asked)
+        capture.close()
+    for ids, ours, theirs in zip(asked, found["torch"], found["vllm"], strict=True):
+        assert ours.shape == theirs.shape == (len(ids), 4, 576)
+        for a, b in zip(ours.unbind(1), theirs.unbind(1), strict=True):
+            assert float((a - b).norm() / a.norm()) < 1e-3
 
 
 def submit(out: Path, *settings: str) -> tuple[dict, pl.DataFrame]:

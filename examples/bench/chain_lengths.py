@@ -1,0 +1,113 @@
+"""vLLM's tokens per second without drafts, with chains of fixed lengths and with `tree: auto`, in one run.
+
+    python examples/bench/chain_lengths.py --rows 1,8,32,64 --json examples/bench/results/chain-lengths-cpu.json
+
+Every mode is a vLLM engine of its own, all started at once, of which one computes at a time (`results.interleave`).
+Rows are greedy and run to the same length; the clock starts when all of them have their first token. `auto` has decoded
+`--warm-steps` steps of each number of rows before: a job does so for hours. Needs vLLM beside batchgen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from results import interleave, write
+from speculation import mixed_prompts
+from transformers import AutoTokenizer
+
+from batchgen import engines, models, spec
+from batchgen.record import Request, Sampling
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+EXAMPLES = Path(__file__).parents[1]
+
+
+def engine(mode: str, args: argparse.Namespace, folder: str) -> Any:
+    """A vLLM engine that drafts by `mode`: `plain`, `chain-K` or `auto`."""
+    tree = {"plain": "=off", "auto": "=auto"}.get(mode) or f".depth={mode.removeprefix('chain-')}"
+    asked = [
+        "engine.kind=vllm",
+        f"engine.device={args.device}",
+        f"model.dtype={args.dtype}",
+        f"model.draft={EXAMPLES / 'smollm2'}",
+        f"speculation.tree{tree}",
+        "batch_size=64",
+        f"engine.options.gpu_memory_utilization={args.memory}",
+        "engine.options.max_model_len=2048",
+        "engine.options.enable_prefix_caching=false",
+    ]
+    job = spec.load(str(EXAMPLES.parent / "jobs/quickstart.yaml"), asked)
+    target, draft = models.fetch(job.model.target), models.fetch(str(EXAMPLES / "smollm2"))
+    built: Any = engines.build(job, target, None if mode == "plain" else draft, str, Path(folder) / mode)
+    built._end_token_ids = frozenset()  # noqa: SLF001  # every row runs to its length
+    return built
+
+
+def decode(running: Any, prompts: Sequence[list[int]], max_tokens: int) -> dict[str, float]:
+    """Run a row of each prompt to its end."""
+    for i, prompt in enumerate(prompts):
+        running.submit(Request(i, str(i), 0, prompt, Sampling(max_tokens=max_tokens)))
+    done = []
+    while running.unfinished and not all(row.token_ids for row in running._rows.values()):  # noqa: SLF001
+        done += running.step()
+    began, before = time.perf_counter(), running.num_tokens
+    while running.unfinished:
+        done += running.step()
+    steps = sum(c.acceptance.target_steps for c in done)
+    return {
+        "tokens": running.num_tokens - before,
+        "seconds": time.perf_counter() - began,
+        "steps": steps / len(prompts),
+        "acceptance_length": sum(len(c.token_ids) - 1 for c in done) / steps,
+        "drafted_per_step": sum(c.acceptance.draft_tokens for c in done) / steps,
+    }
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--rows", default="1,8,32,64", help="numbers of running rows, up to 64")
+    options.add_argument("--modes", default="plain,chain-1,chain-2,chain-3,auto")
+    options.add_argument("--max-tokens", type=int, default=48)
+    options.add_argument("--prompt-tokens", type=int, default=48, help="of each prompt the last so many")
+    options.add_argument("--turns", type=int, default=2, help="turns of each mode, of which the median counts")
+    options.add_argument("--warm-steps", type=int, default=300)
+    options.add_argument("--dtype", default="float32")
+    options.add_argument("--device", default="cpu")
+    options.add_argument("--memory", type=float, default=0.06, help="of the machine's, for each engine's KV cache")
+    options.add_argument("--json", type=Path)
+    args = options.parse_args()
+
+    path = models.fetch("demo:smollm2-135m").path
+    prompts = [prompt[-args.prompt_tokens :] for prompt in mixed_prompts(AutoTokenizer.from_pretrained(path))]
+    modes = args.modes.split(",")
+    results: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        running = {mode: engine(mode, args, folder) for mode in modes}
+        for rows in map(int, args.rows.split(",")):
+            # One row says little: it takes several prompts one after the other.
+            groups = [prompts[i : i + rows] for i in range(0, max(rows, 8), rows)]
+
+            def turn(mode: str, groups: list[list[list[int]]] = groups) -> dict[str, float]:
+                runs = [decode(running[mode], group, args.max_tokens) for group in groups]
+                facts = {name: sum(run[name] for run in runs) / len(runs) for name in runs[0]}
+                return {"tokens_per_s": facts.pop("tokens") / facts.pop("seconds")} | facts
+
+            warm = 0.0
+            while "auto" in running and warm < args.warm_steps:
+                warm += turn("auto")["steps"] * len(groups)
+            results += interleave(turn, modes, args.turns, rows=rows)
+        if "auto" in running:
+            results.append({"mode": "auto"} | running["auto"].report())
+        for each in running.values():
+            each.close()
+    write(args.json, results, args, args.device)
+
+
+if __name__ == "__main__":
+    main()
