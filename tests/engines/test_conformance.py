@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from batchgen import engines, models, spec
 from batchgen.engines.rehearsal import RehearsalEngine, Script
@@ -66,7 +66,10 @@ class Vllm:
                 str(ROOT / "jobs/quickstart.yaml"),
                 ["engine.kind=vllm", "speculation.tree=off", "batch_size=4", "engine.options.max_model_len=256"],
             )
-            self.engine = engines.build(job, models.fetch(job.model.target), None, decode, ROOT)
+            target = models.fetch(job.model.target)
+            # Stop strings are found inside vLLM, by the model's own tokenizer.
+            tokenizer = AutoTokenizer.from_pretrained(target.path)
+            self.engine = engines.build(job, target, None, tokenizer.decode, ROOT)
         return self.engine
 
 
@@ -80,7 +83,7 @@ def vllm():
 
 KINDS = ["torch", "rehearsal"]
 if importlib.util.find_spec("vllm") is not None:
-    KINDS.append(pytest.param("vllm", marks=pytest.mark.filterwarnings("default")))  # vLLM's imports warn
+    KINDS.append("vllm")
 
 
 @pytest.fixture(params=KINDS)

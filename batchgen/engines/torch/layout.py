@@ -1,4 +1,4 @@
-"""Where the packed tokens of one pass stand, and who sees whom: as our kernel reads it on a GPU, or SDPA on a CPU."""
+"""Where the packed tokens of a pass stand, and who sees whom: for our kernel on a GPU, for products on a CPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from batchgen_kernels.attend import MAX_COUNTS, num_splits
 from batchgen_kernels.dispatch import on_triton
 from batchgen_kernels.tree_attention import MAX_NODES, Block, Padded, Ragged, Span, span_mask, tile_mask
 
-# Slots that SDPA reads together. With 64 rows of 60 to 320 tokens blocks of 16 read about four fifths of what one does.
+# Slots that are read together. With 64 rows of 60 to 320 tokens blocks of 16 read about four fifths of what one does.
 BLOCK_SLOTS = 16
 # Packed tokens, and tiles, that captured passes are padded to.
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
@@ -159,7 +159,8 @@ def _pad(rows: _Rows, tokens: _Tokens, heads: Heads) -> Padded:
         bits_ST, position_ST = (torch.from_numpy(each[at].reshape(-1, width)) for each in (bits_P, position_P))
         prefix = torch.from_numpy(prefix_S[first:stop])
         mask = tile_mask(prefix, bits_ST, position_ST, length, heads.dtype, heads.window)
-        mask = mask[:, None].expand(-1, group, -1, -1).reshape(stop - first, 1, group * width, length)
+        every = (stop - first, heads.num_kv_heads, group, width, length)
+        mask = mask[:, None, None].expand(every).reshape(-1, group * width, length)
         blocks.append(Block(first, stop, begin, width, mask))
     in_place = len(token_P) == len(bits_N) and bool((token_P == np.arange(len(token_P))).all())
     return Padded(

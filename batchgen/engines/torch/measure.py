@@ -80,7 +80,7 @@ def _evenly(tokens: int, batch_size: int) -> list[int]:
 def _spent(tokens: int, batch_size: int) -> list[int]:
     """Nodes of each row as a budget spends them where the rows' acceptance rates are spread over (0, 1).
 
-    Evenly spread nodes would make a cheaper pass: where SDPA attends, a wide tree pads its neighbours.
+    Evenly spread nodes would make a cheaper pass: on a CPU a wide tree pads its neighbours.
     """
     rows = min(tokens, batch_size)
     rate = np.random.default_rng(0).permutation((np.arange(rows) + 0.5) / rows)

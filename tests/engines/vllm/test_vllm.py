@@ -23,8 +23,6 @@ from .conftest import ROOT, run
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = pytest.mark.filterwarnings("default")  # vLLM's imports warn
-
 GREEDY = Sampling(max_tokens=24)
 HOT = Sampling(max_tokens=24, temperature=0.8, n=2, seed=3)
 COUNTERS = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
