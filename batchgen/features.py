@@ -2,7 +2,7 @@
 
 A file holds some rows of one part, and is stored by one create-only request: what stands is done, so the same command
 resumes after a crash, and does what is new after the next submit. Files are named by the part's shard and its commit,
-so that a part that was replaced is read again.
+so that a part that was replaced is read again; what was captured of the one before it is removed.
 
 A file is safetensors, rows one after the other, S tokens in all of N rows:
 
@@ -96,10 +96,14 @@ def run(
     target = models.fetch(spec.model.target)
     _check_target(sink, output, target.identity)
     at, width = engines.layers(target, layers)
-    _own(target_store, folder, {"layers": list(at), "dtype": dtype, "target_identity": target.identity})
     token_bytes = len(at) * width * (4 if dtype == "float32" else 2)
     files = list(_files(sink, output, max(1, FILE_BYTES // token_bytes)))
-    there = {url.rsplit("/", 1)[-1] for url in target_store.find(folder, recursive=False)}
+    found = {url.rsplit("/", 1)[-1]: url for url in target_store.find(folder, recursive=False)}
+    there = {name: url for name, url in found.items() if name.startswith("states-")}
+    _own(
+        target_store, folder, {"layers": list(at), "dtype": dtype, "target_identity": target.identity}, empty=not there
+    )
+    target_store.delete(_outdated(there, files))
     todo = [file for file in files if file.name not in there]
     work = Work(folder, at, dtype, files, todo, sum(file.num_tokens for file in todo) * token_bytes)
     started(work)
@@ -128,9 +132,13 @@ def _check_target(store: Store, output: str, identity: str) -> None:
         )
 
 
-def _own(store: Store, folder: str, facts: dict[str, Any]) -> None:
-    url = f"{folder}/{_MANIFEST}"
-    if store.create(url, json.dumps(facts, indent=2).encode()):
+def _own(store: Store, folder: str, facts: dict[str, Any], *, empty: bool) -> None:
+    """Say what the folder holds, or see that it holds that already; one without features may change its mind."""
+    url, text = f"{folder}/{_MANIFEST}", json.dumps(facts, indent=2).encode()
+    if store.create(url, text):
+        return
+    if empty:
+        store.put(url, text)
         return
     theirs = json.loads(store.read(url))
     differing = [
@@ -140,6 +148,13 @@ def _own(store: Store, folder: str, facts: dict[str, Any]) -> None:
         raise OutputConflictError(
             f"{folder}: holds features of {'; '.join(differing)}; choose another folder with --to"
         )
+
+
+def _outdated(there: dict[str, str], files: Sequence[File]) -> list[str]:
+    """URLs of what was captured of parts that were replaced since."""
+    names = {file.name for file in files}
+    keys = {name.split("-")[1] for name in names}
+    return [url for name, url in there.items() if name not in names and name.split("-")[1] in keys]
 
 
 def _files(store: Store, output: str, most_tokens: int) -> Iterator[File]:
@@ -175,32 +190,26 @@ def _captured(capture: Capture, store: Store, file: File, layers: Sequence[int],
         table = pq.ParquetFile(stream, page_checksum_verification=True).read(columns=_COLUMNS)
     table = table.filter(pa.compute.equal(table["status"], "ok")).slice(file.start, file.stop - file.start)
     rows = table.to_pylist()
-    too_long = [row for row in rows if _num_tokens(row) > capture.max_tokens]
-    for row in too_long:
-        log.warning(
-            "%s: row %s has %d tokens, and the engine reads %d; it is left out of %s",
-            file.part, row["row_id"], _num_tokens(row), capture.max_tokens, file.name,
-        )  # fmt: skip
-    rows = [row for row in rows if _num_tokens(row) <= capture.max_tokens]
+    for row in rows:
+        row["ids"] = [*row["prompt_token_ids"], *row["completion_token_ids"]]
+        if len(row["ids"]) > capture.max_tokens:  # vLLM draws a token more, which its context must hold
+            log.info("%s: the last token of row %s is left out", file.part, row["row_id"])
+            row["ids"] = row["ids"][: capture.max_tokens]
     states = []
     for first in range(0, len(rows), _ROWS):
         some = rows[first : first + _ROWS]
         if draining():
             raise DrainedError(f"stopped before {file.name}; run the same command again to go on")
-        states += capture.states([[*row["prompt_token_ids"], *row["completion_token_ids"]] for row in some])
+        states += capture.states([row["ids"] for row in some])
     return _encode(rows, states, layers)
-
-
-def _num_tokens(row: dict[str, Any]) -> int:
-    return len(row["prompt_token_ids"]) + len(row["completion_token_ids"])
 
 
 def _encode(rows: Sequence[dict[str, Any]], states: Sequence[Any], layers: Sequence[int]) -> bytes:
     import torch
     from safetensors.torch import save
 
-    ids = [[*row["prompt_token_ids"], *row["completion_token_ids"]] for row in rows]
-    mask = [[0] * len(row["prompt_token_ids"]) + [1] * len(row["completion_token_ids"]) for row in rows]
+    ids = [row["ids"] for row in rows]
+    mask = [[int(at >= len(row["prompt_token_ids"])) for at in range(len(row["ids"]))] for row in rows]
     tensors = {
         "hidden_states": torch.cat(list(states)),
         "token_ids": torch.tensor([token for row in ids for token in row], dtype=torch.int64),

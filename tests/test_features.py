@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -139,6 +140,21 @@ def test_one_folder_holds_one_kind_of_features(finished):
     other = batchgen("features", finished / "job.yaml", "--to", finished / "own", "--layers", "1,2")
     assert other.returncode == 73
     assert "layers [0, 1], not [1, 2]" in other.stderr
+
+
+def test_a_part_that_was_replaced_is_read_again(finished):
+    folder, part = finished / "replaced", sorted((finished / "out").glob("*.parquet"))[1]
+    assert batchgen("features", finished / "job.yaml", "--to", folder).returncode == 0
+    before = {path.name for path in folder.glob("*.safetensors")}
+    table = pq.read_table(part)
+    commit = {b"batchgen.commit": b"another"}
+    pq.write_table(table.replace_schema_metadata({**table.schema.metadata, **commit}), part, write_page_checksum=True)
+    again = batchgen("features", finished / "job.yaml", "--to", folder)
+    assert "1 of 3 files to do" in again.stderr
+    after = {path.name for path in folder.glob("*.safetensors")}
+    assert len(after) == 3
+    assert len(before & after) == 2
+    assert len(rows(folder)) == 12
 
 
 @pytest.mark.parametrize(

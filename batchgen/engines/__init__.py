@@ -162,7 +162,7 @@ def layers(target: Model, asked: Sequence[int] | None) -> tuple[tuple[int, ...],
 
     config = AutoConfig.from_pretrained(target.path).get_text_config()
     num = int(config.num_hidden_layers)
-    found = tuple(sorted({2, num // 2, num - 3, num} if asked is None else set(asked)))
+    found = tuple(sorted({2, num // 2, num - 3, num} & set(range(num + 1)) if asked is None else set(asked)))
     if not found or found[0] < 0 or found[-1] > num:
         raise SpecError(f"layers: found {', '.join(map(str, found))}; {target.path} has 0 (the embedding) to {num}")
     return found, int(config.hidden_size)

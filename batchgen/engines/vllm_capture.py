@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     import torch
 
+_AGAIN = "run the same command again to go on"
 # Of all that vLLM draws from a row, nothing is wanted.
 _PARAMETERS: dict[str, Any] = {"temperature": 0.0, "max_tokens": 1, "detokenize": False}
 
@@ -64,7 +65,11 @@ class VllmCapture:
             | {"kv_role": "kv_producer", "kv_connector_extra_config": {"shared_storage_path": str(self._folder)}},
         }
         self._next_id = 0
-        self._engine = vllm_process.launch(arguments, device)
+        try:
+            self._engine = vllm_process.launch(arguments, device)
+        except BaseException:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
         # One token more is drawn from each row.
         self.max_tokens = int(self._engine.model_config.max_model_len) - 1
 
@@ -86,6 +91,8 @@ class VllmCapture:
                 self._engine.add_request(str(first + i), {"prompt_token_ids": list(ids)}, sampling)
             while self._engine.has_unfinished_requests():
                 for output in self._engine.step():
+                    if output.outputs[0].finish_reason == "abort":  # vLLM's process was told to end
+                        continue
                     i = int(output.request_id) - first
                     found[i] = self._load(Path(output.kv_transfer_params["hidden_states_path"]), rows[i])
         except Exception as error:

@@ -55,7 +55,7 @@ class _Mixin(Scheduler):
         if not self._in_flight:
             self._since = time.monotonic()
         self._in_flight += 1
-        rows = len(self.running) + len(self.waiting)
+        rows = len(self.running) or len(self.waiting)
         if self._lengths is not None and rows:
             length = self._lengths.next(min(rows, self.max_num_running_reqs))
             self.dynamic_sd_lookup = [length] * (self.max_num_running_reqs + 1)
@@ -108,7 +108,12 @@ class _Mixin(Scheduler):
         drafts, num_scheduled = scheduled.scheduled_spec_decode_tokens, scheduled.num_scheduled_tokens
         # What this step verifies was drafted at the end of the one before it.
         planned, self._planned = self._planned, scheduled.num_spec_tokens_to_schedule
-        decoding = [each for each in num_scheduled if each in self.requests and self.requests[each].num_output_tokens]
+        # A row that was preempted has output, too, and reads all of it again.
+        decoding = [
+            each
+            for each, num in num_scheduled.items()
+            if num <= 1 + len(drafts.get(each, ())) and each in self.requests and self.requests[each].num_output_tokens
+        ]
         for request_id in decoding:
             sampled = ran.sampled_token_ids[ran.req_id_to_index[request_id]]
             drafted = planned if self._ragged else len(drafts.get(request_id, ()))

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from batchgen.speculation.costs import MAX_RATIO
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -45,6 +47,8 @@ class _Steps:
     spread: float = 0.0
 
     def add(self, seconds: float, prompt: int) -> None:
+        if self.num and not prompt:
+            seconds = min(seconds, MAX_RATIO * self.seconds)
         self.num = min(self.num + 1, MEMORY_STEPS)
         share = 1 / self.num
         by_seconds, by_prompt = seconds - self.seconds, prompt - self.prompt
@@ -113,7 +117,7 @@ class ChainLengths:
             now = MARGIN * values.get(size.best, 0.0)
             best = max(values, key=lambda each: values[each])
             if values[best] > now:
-                size.best, size.pause = best, FIRST_PAUSE
+                size.best, size.pause, size.wait = best, FIRST_PAUSE, FIRST_PAUSE
 
     def judged(self, drafted: int, accepted: int) -> None:
         """Of a chain of `drafted` tokens the first `accepted` were."""

@@ -3,9 +3,9 @@
 One forward pass carries tokens of many rows side by side. A row's tokens either form a *tile* (at most 64 tree nodes,
 each with a bitmask of the nodes it may see) or a *span* (a chunk of prompt, causal). Keys and values are read from
 slot-contiguous pools, where the pass's own tokens were written beforehand. Tiles are read by the kernel of `attend`, or
-by batched products (of 64 rows, one token each, a tenth faster than SDPA on a CPU): there query heads that share a
-key/value head are packed into the row dimension, so that each key is read once per group, and slots in blocks, so that
-a long row or a wide tree pads its neighbours only.
+by torch's SDPA: there query heads that share a key/value head are packed into the row dimension, so that each key is
+read once per group, and slots in blocks, so that a long row or a wide tree pads its neighbours only. Plain decoding in
+float32 is faster by batched products: a tenth with 64 rows on a CPU.
 
 Shape legend: N packed tokens, R tiles, S slots, T tile width, L pool length, H query heads, K key/value heads,
 G = H // K, D head size.
@@ -53,7 +53,8 @@ class Block:
     """Tiles of neighbouring slots `first` to `stop`, padded to one width T and one pool length L.
 
     start: their first place among the padded queries of the pass
-    mask: float [(stop - first) * K, G * T, L], 0 where query t of a slot may see pool column l, else -inf
+    mask: float [stop - first, 1, G * T, L], or [(stop - first) * K, G * T, L] where products are to compute it; 0 where
+        query t of a slot may see pool column l, else -inf
     """
 
     first: int
@@ -65,7 +66,7 @@ class Block:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Padded:
-    """All tiles of a pass as batched products take them: P padded queries in blocks of slots.
+    """All tiles of a pass as torch's SDPA takes them: P padded queries in blocks of slots.
 
     token_P: packed index of each padded query, padding points at packed token 0; None where it is its own place
     flat_N: for each packed tile token its place in P
@@ -145,13 +146,17 @@ def _attend_padded(
     q_PHD = q_NHD if tiles.token_P is None else q_NHD[tiles.token_P]
     out_PHD = out_NHD if tiles.token_P is None else torch.empty_like(q_PHD)
     for block in tiles.blocks:
-        slots, width, length = block.stop - block.first, block.width, block.mask.shape[2]
+        slots, width, length = block.stop - block.first, block.width, block.mask.shape[-1]
         at = slice(block.start, block.start + slots * width)
         q = q_PHD[at].view(slots, width, num_kv, group, head_dim).permute(0, 2, 3, 1, 4)
-        q = q.reshape(slots * num_kv, group * width, head_dim)
-        k, v = (x[block.first : block.stop].flatten(0, 1)[:, :length] for x in (k_SKLD, v_SKLD))
-        scores = torch.baddbmm(block.mask, q, k.transpose(1, 2), alpha=scale)
-        o = torch.bmm(scores.softmax(-1), v)
+        k, v = (x[block.first : block.stop, :, :length] for x in (k_SKLD, v_SKLD))
+        if block.mask.dim() == 4:
+            q = q.reshape(slots, num_kv, group * width, head_dim)
+            o = scaled_dot_product_attention(q, k, v, block.mask, scale=scale)
+        else:
+            q = q.reshape(slots * num_kv, group * width, head_dim)
+            scores = torch.baddbmm(block.mask, q, k.flatten(0, 1).transpose(1, 2), alpha=scale)
+            o = torch.bmm(scores.softmax(-1), v.flatten(0, 1))
         out_PHD[at].view(slots, width, num_kv, group, head_dim).copy_(
             o.view(slots, num_kv, group, width, head_dim).permute(0, 3, 1, 2, 4)
         )

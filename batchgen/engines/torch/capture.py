@@ -33,7 +33,9 @@ class TorchCapture:
             ids = [
                 token for span, row in zip(spans, at, strict=True) for token in rows[row][span.prefix :][: _len(span)]
             ]
-            self._pool.resize(max(span.slot for span in spans) + 1, max(span.prefix + _len(span) for span in spans))
+            if spans[0].prefix == 0:  # a long row's later chunks go on in what its first one made
+                self._pool = self._target.pool()
+                self._pool.resize(len(spans), max(len(rows[row]) for row in at))
             token_ids = torch.tensor(ids, device=self._target.device)
             _, captured = self._target.forward(token_ids, self._target.layout([], spans), self._pool)
             assert captured is not None

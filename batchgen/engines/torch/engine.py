@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 # Target features of all rows that may wait for the draft while nothing is drafted. A row that ends before it is drafted
 # again has spared the draft its catching up.
-PENDING_BYTES = 256 << 20
+PENDING_BYTES = 768 << 20
 
 
 class TorchEngine:

@@ -1,4 +1,4 @@
-"""Where the packed tokens of a pass stand, and who sees whom: for our kernel on a GPU, for products on a CPU."""
+"""Where the packed tokens of a pass stand, and who sees whom: for our kernel on a GPU, for torch on a CPU."""
 
 from __future__ import annotations
 
@@ -159,8 +159,10 @@ def _pad(rows: _Rows, tokens: _Tokens, heads: Heads) -> Padded:
         bits_ST, position_ST = (torch.from_numpy(each[at].reshape(-1, width)) for each in (bits_P, position_P))
         prefix = torch.from_numpy(prefix_S[first:stop])
         mask = tile_mask(prefix, bits_ST, position_ST, length, heads.dtype, heads.window)
-        every = (stop - first, heads.num_kv_heads, group, width, length)
-        mask = mask[:, None, None].expand(every).reshape(-1, group * width, length)
+        by_products = width == 1 and heads.dtype is torch.float32
+        every = (stop - first, heads.num_kv_heads if by_products else 1, group, width, length)
+        mask = mask[:, None, None].expand(every).reshape(*every[:2], group * width, length)
+        mask = mask.flatten(0, 1) if by_products else mask
         blocks.append(Block(first, stop, begin, width, mask))
     in_place = len(token_P) == len(bits_N) and bool((token_P == np.arange(len(token_P))).all())
     return Padded(
