@@ -63,6 +63,7 @@ class Graphs:
         """Forget all graphs, and give their memory back."""
         self._graphs.clear()
 
+    @torch.inference_mode()  # what is captured once is written again
     def run(self, name: str, function: Packed, pool: Pool, layout: Layout, *inputs: torch.Tensor) -> Outputs:
         """What `function(layout, *inputs)` returns; the next pass of its `name` and size overwrites it.
 
