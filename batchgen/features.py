@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("batchgen.features")
 
 FILE_BYTES = 256 << 20
-DTYPES = ("bfloat16", "float16", "float32")
 _COLUMNS = ["row_id", "sample", "status", "prompt_token_ids", "completion_token_ids"]
 _MANIFEST = "features.json"
 # Rows that a capture gets at a time: what is not yet stored is lost in a crash, and kept in memory until then.

@@ -77,7 +77,7 @@ class VllmCapture:
         """[S, L, H] on the CPU for each row of S token ids, in their order.
 
         Raises:
-            EngineError: vLLM's process died.
+            EngineError: vLLM's process died, or was told to end.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -98,19 +98,18 @@ class VllmCapture:
         except Exception as error:
             if not vllm_process.died(error):
                 raise
-            raise EngineError(
-                "vLLM's process died while it read hidden states; run the same command again to go on"
-            ) from error
-        return [states for states in found if states is not None]
+            raise EngineError(f"vLLM's process died while it read hidden states; {_AGAIN}") from error
+        read = [states for states in found if states is not None]
+        if len(read) < len(rows):
+            raise EngineError(f"vLLM's process ended with {len(rows) - len(read)} rows unread; {_AGAIN}")
+        return read
 
     def _load(self, file: Path, ids: Sequence[int]) -> torch.Tensor:
         lock = Path(f"{file}.lock")
         with lock.open() as held:
             fcntl.flock(held, fcntl.LOCK_SH)  # its writer lets go when the file is whole, or dead
         if not file.exists():
-            raise EngineError(
-                "vLLM's process ended without the hidden states of a row; run the same command again to go on"
-            )
+            raise EngineError(f"vLLM did not write the hidden states of a row; what it printed says why; {_AGAIN}")
         stored = safetensors.torch.load_file(file)
         assert stored["token_ids"].tolist() == list(ids)
         file.unlink()

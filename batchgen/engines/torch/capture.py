@@ -30,9 +30,9 @@ class TorchCapture:
         """[S, L, H] on the CPU for each row of S token ids, in their order."""
         parts: list[list[torch.Tensor]] = [[] for _ in rows]
         for spans, at in _passes(rows):
-            ids = [
-                token for span, row in zip(spans, at, strict=True) for token in rows[row][span.prefix :][: _len(span)]
-            ]
+            ids: list[int] = []
+            for span, row in zip(spans, at, strict=True):
+                ids += rows[row][span.prefix : span.prefix + span.stop - span.start]
             if spans[0].prefix == 0:  # a long row's later chunks go on in what its first one made
                 self._pool = self._target.pool()
                 self._pool.resize(len(spans), max(len(rows[row]) for row in at))
@@ -47,10 +47,6 @@ class TorchCapture:
     def close(self) -> None:
         """Give the pool back."""
         self._pool = self._target.pool()
-
-
-def _len(span: Span) -> int:
-    return span.stop - span.start
 
 
 def _passes(rows: Sequence[Sequence[int]]) -> Iterator[tuple[list[Span], list[int]]]:
