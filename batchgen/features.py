@@ -91,18 +91,16 @@ def run(
     sink = connect(spec.output.path, spec.output.storage_options)
     output = spec.output.path.rstrip("/")
     folder = (to or f"{output}/{STATE_FOLDER}/features").rstrip("/")
-    target_store = sink if to is None else connect(folder, spec.output.storage_options)
+    store = sink if to is None else connect(folder, spec.output.storage_options)
     target = models.fetch(spec.model.target)
     _check_target(sink, output, target.identity)
     at, width = engines.layers(target, layers)
     token_bytes = len(at) * width * (4 if dtype == "float32" else 2)
     files = list(_files(sink, output, max(1, FILE_BYTES // token_bytes)))
-    found = {url.rsplit("/", 1)[-1]: url for url in target_store.find(folder, recursive=False)}
+    found = {url.rsplit("/", 1)[-1]: url for url in store.find(folder, recursive=False)}
     there = {name: url for name, url in found.items() if name.startswith("states-")}
-    _own(
-        target_store, folder, {"layers": list(at), "dtype": dtype, "target_identity": target.identity}, empty=not there
-    )
-    target_store.delete(_outdated(there, files))
+    _own(store, folder, {"layers": list(at), "dtype": dtype, "target_identity": target.identity}, empty=not there)
+    store.delete(_outdated(there, files))
     todo = [file for file in files if file.name not in there]
     work = Work(folder, at, dtype, files, todo, sum(file.num_tokens for file in todo) * token_bytes)
     started(work)
@@ -112,7 +110,7 @@ def run(
     try:
         for file in todo:
             data = _captured(capture, sink, file, at, draining)
-            target_store.create(f"{folder}/{file.name}", data)
+            store.create(f"{folder}/{file.name}", data)
             stored(file)
     finally:
         capture.close()

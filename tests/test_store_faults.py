@@ -89,7 +89,8 @@ def test_reads_and_listings_outlive_faults(faulty: tuple[str, Store], faults: Fa
     store.delete([f"{folder}/0", f"{folder}/1"])
     assert list(store.find(folder)) == [f"{folder}/2"]
     # aiohttp itself repeats a GET, once, when a connection that it had kept open turns out to be closed.
-    assert store.retries == 9 or (do == "reset" and store.retries)
+    # So it does where the close of a cut answer overtakes its headers.
+    assert store.retries == 9 or (do != "status" and 0 < store.retries < 9)
 
 
 def test_a_create_that_lost_its_answer_and_then_the_race_is_not_told_it_won(

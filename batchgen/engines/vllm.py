@@ -166,16 +166,11 @@ class VllmEngine:
         length: int | None,
     ) -> dict[str, Any]:
         speculative = vllm_process.speculative_config(options)
-        vllm_process.check_options(options)
-        on_cpu = device == "cpu"
-        arguments: dict[str, Any] = vllm_process.for_cpu() if on_cpu else {}
-        arguments |= {"use_tqdm_on_load": False} | dict(options)
-        arguments |= {
-            "model": str(target),
-            "dtype": dtype,
-            "max_num_seqs": self.capacity,
-            "scheduler_cls": f"batchgen.engines.vllm_scheduler.{'Ours' if on_cpu else 'OursAsync'}",
-        }
+        arguments = vllm_process.arguments_of(
+            target, dtype=dtype, batch_size=self.capacity, device=device, options=options
+        )
+        scheduler = "Ours" if device == "cpu" else "OursAsync"
+        arguments["scheduler_cls"] = f"batchgen.engines.vllm_scheduler.{scheduler}"
         if draft is not None:
             speculative = {"method": "eagle3"} | speculative | {"model": str(draft)}
         if not speculative or length == 0:

@@ -42,31 +42,30 @@ class VllmCapture:
         batch_size: int,
         options: Mapping[str, Any],
     ) -> None:
-        vllm_process.check_options(options)
         if "kv_transfer_config" in options:
             raise SpecError("engine.options.kv_transfer_config: hidden states are handed over through it; leave it out")
         self._dtype = out_dtype
         self._folder = Path(tempfile.mkdtemp(prefix="batchgen-states-"))
-        on_cpu = device == "cpu"
-        connector = {"kv_connector": "CpuHiddenStates", "kv_connector_module_path": "batchgen.engines.vllm_connector"}
-        arguments: dict[str, Any] = vllm_process.for_cpu() if on_cpu else {}
-        arguments |= {"use_tqdm_on_load": False} | dict(options)
-        arguments |= {
-            "model": str(target),
-            "dtype": dtype,
-            "max_num_seqs": batch_size,
+        connector = {"kv_connector": "ExampleHiddenStatesConnector"}
+        if device == "cpu":
+            connector = {"kv_connector": "CpuHiddenStates"}
+            connector["kv_connector_module_path"] = "batchgen.engines.vllm_connector"
+        ours = {
             "enable_prefix_caching": False,  # what is not computed is not captured
             "speculative_config": {
                 "method": "extract_hidden_states",
                 "num_speculative_tokens": 1,
                 "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": list(layers)}},
             },
-            "kv_transfer_config": (connector if on_cpu else {"kv_connector": "ExampleHiddenStatesConnector"})
+            "kv_transfer_config": connector
             | {"kv_role": "kv_producer", "kv_connector_extra_config": {"shared_storage_path": str(self._folder)}},
         }
         self._next_id = 0
         try:
-            self._engine = vllm_process.launch(arguments, device)
+            given = vllm_process.arguments_of(
+                target, dtype=dtype, batch_size=batch_size, device=device, options=options
+            )
+            self._engine = vllm_process.launch(given | ours, device)
         except BaseException:
             shutil.rmtree(self._folder, ignore_errors=True)
             raise

@@ -77,7 +77,26 @@ def launch(arguments: Mapping[str, Any], device: str) -> Any:
     return engine
 
 
-def for_cpu() -> dict[str, Any]:
+def arguments_of(
+    target: Path, *, dtype: str, batch_size: int, device: str, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What any engine is launched with: the user's `options`, and what the job file says elsewhere.
+
+    Raises:
+        SpecError: `options` say it, too.
+    """
+    problems = []
+    for name in sorted(_OURS.keys() & options):
+        where = _OURS[name]
+        why = f"say it as {where}" if where else "batchgen sets it itself"
+        problems.append(f"engine.options.{name}: {why}; leave it out")
+    if problems:
+        raise SpecError(*problems)
+    defaults = {"use_tqdm_on_load": False} | (_for_cpu() if device == "cpu" else {})
+    return defaults | dict(options) | {"model": str(target), "dtype": dtype, "max_num_seqs": batch_size}
+
+
+def _for_cpu() -> dict[str, Any]:
     """What vLLM's own defaults would not start with, or take minutes to compile."""
     import torch
 
@@ -106,17 +125,6 @@ def speculative_config(options: Mapping[str, Any]) -> dict[str, Any]:
     if "model" in found:
         raise SpecError(f"{place}.model: say it as model.draft; leave it out")
     return dict(found)
-
-
-def check_options(options: Mapping[str, Any]) -> None:
-    """Refuse options that the job file says elsewhere, or that are not the user's to set."""
-    problems = []
-    for name in sorted(_OURS.keys() & options):
-        where = _OURS[name]
-        why = f"say it as {where}" if where else "batchgen sets it itself"
-        problems.append(f"engine.options.{name}: {why}; leave it out")
-    if problems:
-        raise SpecError(*problems)
 
 
 def _unknown(name: str, known: set[str]) -> str:
