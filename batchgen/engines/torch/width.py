@@ -168,7 +168,7 @@ class AutoTree:
         seconds = float(self.costs.verify(step.nodes, step.context)) + self._refine_draft(step)
         self._throughput.seen(step.rows, step.tokens, seconds)
         taken = step.draft_s + step.verify_s
-        self._schedule.spent(taken, None if step.mixed else seconds, drafted=drafted is not None)
+        self._schedule.spent(step.rows, taken, None if step.mixed else seconds, drafted=drafted is not None)
         if not step.mixed:  # or the seconds would be the prompts' as well
             self.costs.verify.refine(step.nodes, step.context, step.verify_s)
 
