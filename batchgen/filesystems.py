@@ -1,4 +1,4 @@
-"""The fsspec file systems that `store` works on, with one property added: `pipe_file(mode="create")` is atomic.
+"""The fsspec file systems that `store` works on. Ours have an atomic `pipe_file`, that creates or replaces one version.
 
 fsspec's local disk checks and then opens, and shows a file while it is written; ours writes aside and links. fsspec's
 memory checks and then opens; ours does so under a lock. gcsfs' upload is atomic, but cuts data without an error: its
@@ -12,6 +12,7 @@ import asyncio
 import base64
 import contextlib
 import errno
+import fcntl
 import functools
 import hashlib
 import json
@@ -19,6 +20,7 @@ import logging
 import os
 import stat
 import threading
+import time
 import urllib.parse
 import uuid
 from pathlib import Path
@@ -76,20 +78,38 @@ def _status(error: BaseException | None) -> int | None:
 class Memory(MemoryFileSystem):  # type: ignore[misc]  # fsspec is untyped
     """Objects of this process alone, for tests."""
 
-    _creating = threading.Lock()
+    _writing = threading.Lock()
 
-    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs: Any) -> None:
-        """Store a whole object; FileExistsError when `mode` is "create" and there is one."""
-        with self._creating:
+    def pipe_file(
+        self, path: str, value: bytes, mode: str = "overwrite", old: bytes | None = None, **kwargs: Any
+    ) -> None:
+        """Store a whole object; FileExistsError when `mode` is "create" and there is one, or it is not `old`."""
+        with self._writing:
+            if old is not None and self.cat_file(path) != old:
+                raise FileExistsError(path)
             super().pipe_file(path, value, mode=mode)
 
 
 class Disk(LocalFileSystem):  # type: ignore[misc]  # fsspec is untyped
     """The local disk, with whole-object writes that survive a power cut and are hidden while they are unfinished."""
 
-    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs: Any) -> None:
-        """Store a whole object; FileExistsError when `mode` is "create" and there is one."""
+    def pipe_file(
+        self, path: str, value: bytes, mode: str = "overwrite", old: bytes | None = None, **kwargs: Any
+    ) -> None:
+        """Store a whole object; FileExistsError when `mode` is "create" and there is one, or it is not `old`."""
         target = Path(path)
+        if old is None:
+            self._store(target, value, mode)
+            return
+        # A file of its own, never removed, because the object's is another one after each write; NFS locks it, too.
+        with target.with_name(f"{_TEMPORARY}{target.name}.lock").open("ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if target.read_bytes() != old:
+                raise FileExistsError(path)
+            self._store(target, value, mode)
+
+    @staticmethod
+    def _store(target: Path, value: bytes, mode: str) -> None:
         changed = [target.parent, *(folder.parent for folder in target.parents if not folder.exists())]
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -113,6 +133,13 @@ class Disk(LocalFileSystem):  # type: ignore[misc]  # fsspec is untyped
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+
+    @staticmethod
+    def unfinished(folder: str, *, older_s: float) -> list[str]:
+        """Files below `folder` that a writer began so long ago and never finished."""
+        before = time.time() - older_s
+        found = (file for file in Path(folder).rglob(f"{_TEMPORARY}*") if file.suffix != ".lock")
+        return sorted(str(file) for file in found if file.stat().st_mtime < before)
 
     def info(self, path: Any, **kwargs: Any) -> dict[str, Any]:
         """What fsspec says, and a `version`; a link to a file is a file."""
@@ -182,7 +209,10 @@ def gcs() -> tuple[type[Any], tuple[type[Exception], ...]]:
                     with contextlib.suppress(TimeoutError):
                         closing.result(timeout=1)
 
-        async def _pipe_file(self, path: str, data: bytes, mode: str = "overwrite", **kwargs: Any) -> None:
+        async def _pipe_file(
+            self, path: str, data: bytes, mode: str = "overwrite", generation: str = "", **kwargs: Any
+        ) -> None:
+            wanted = "0" if mode == "create" else generation
             bucket, _, key = path.partition("/")
             boundary = uuid.uuid4().hex
             digest = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
@@ -195,7 +225,7 @@ def gcs() -> tuple[type[Any], tuple[type[Exception], ...]]:
                 uploadType="multipart",
                 headers={"Content-Type": f"multipart/related; boundary={boundary}"},
                 data=b"".join((head.encode(), data, f"\r\n--{boundary}--".encode())),
-                **({"ifGenerationMatch": "0"} if mode == "create" else {}),
+                **({"ifGenerationMatch": wanted} if wanted else {}),
             )
 
     return Gcs, (gcsfs.retry.HttpError, google.auth.exceptions.GoogleAuthError)

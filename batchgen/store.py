@@ -1,11 +1,11 @@
 """Object storage: every table, journal segment, part and report is read and written through a `Store`, by full URL.
 
-Two verbs write, and each is one atomic operation: `put` replaces, `create` refuses to replace; a reader sees the whole
-object or none. There is no writable stream: an exception inside `with fs.open(url, "wb")` publishes a truncated file
-on GCS, S3 and disk alike. Output on storage without an atomic create (hf://, http://) is refused. Every verb is
-repeated on transient faults for `budget_s` in all, here and nowhere below, so that each retry is counted and logged
-(storage options never are). What is not there is a `FileNotFoundError` from `read`, `info`, `open` and `tails`; any
-other failure is a `StoreError`.
+Three verbs write, each in one atomic operation: `put` replaces, `create` refuses to replace, `swap` replaces what it
+knows; a reader sees the whole object or none. There is no writable stream: an exception inside `with fs.open(url,
+"wb")` publishes a truncated file on GCS, S3 and disk alike. Output on storage without an atomic create (hf://, http://)
+is refused. Every verb is repeated on transient faults for `budget_s` in all, here and nowhere below, so that each retry
+is counted and logged (storage options never are). What is not there is a `FileNotFoundError` from `read`, `info`,
+`open` and `tails`; any other failure is a `StoreError`.
 """
 
 from __future__ import annotations
@@ -117,6 +117,23 @@ class Store:
             return False
         return True
 
+    def swap(self, url: str, old: bytes, new: bytes) -> bool:
+        """Store `new` at `url` if `old` is there; True when the object now holds exactly `new`.
+
+        As with `create`, two callers with equal bytes are both told True: put a nonce into `new`.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            entry = self.info(url)
+            # Read after the version: if these are `old` and the version still holds when writing, it had these bytes.
+            if self.read(url) != old:
+                return False
+            try:
+                self._write("swap", url, new, mode="overwrite", **self._if_still(entry, old))
+            except FileExistsError:
+                return self.read(url) == new
+            return True
+        return False
+
     def read(self, url: str) -> bytes:
         """The whole object."""
         path = self._path(url)
@@ -177,6 +194,12 @@ class Store:
         if isinstance(self.fs, filesystems.Disk):
             shutil.rmtree(self._path(folder), ignore_errors=True)  # somebody may be writing there again
 
+    def unfinished(self, folder: str) -> list[str]:
+        """What killed writers left below `folder`, an hour old or more: files on disk, elsewhere nothing is left."""
+        if not isinstance(self.fs, filesystems.Disk):
+            return []
+        return self.fs.unfinished(self._path(folder), older_s=3600)
+
     @contextlib.contextmanager
     def open(self, url: str, *, version: str | None = None) -> Iterator[BinaryIO]:
         """A seekable file for ranged reads of one object; nothing is read ahead or cached.
@@ -229,8 +252,18 @@ class Store:
         except FileNotFoundError as error:
             raise StoreError(f"read {entry.url}: replaced or removed while it was read") from error
 
-    def _write(self, verb: str, url: str, data: bytes, *, mode: str) -> None:
-        """Store `data` in one atomic operation; FileExistsError when `mode` is "create" and something is there."""
+    def _if_still(self, entry: Entry, data: bytes) -> dict[str, Any]:
+        """What the file system is told so that it replaces only this version, or only these bytes."""
+        if self.scheme in _GCS:
+            return {"generation": entry.version}
+        return {"IfMatch": entry.version} if self.scheme in {"s3", "s3a"} else {"old": data}
+
+    def _write(self, verb: str, url: str, data: bytes, *, mode: str, **condition: Any) -> None:
+        """Store `data` in one atomic operation; FileExistsError when something else is there than asked for.
+
+        Raises:
+            FileNotFoundError: there is a `condition`, and nothing to replace.
+        """
         path = self._path(url)
         if self.scheme not in {"", "file", "memory", "gs", "gcs", "s3", "s3a"}:
             raise StoreError(
@@ -238,8 +271,11 @@ class Store:
             )
         try:
             # One request whatever the size (`chunksize` is s3fs'), so that bytes and precondition are judged together.
-            self._retry(verb, url, lambda limit: self.fs.pipe_file(path, data, mode=mode, chunksize=2**30, **limit))
+            more = {"mode": mode, "chunksize": 2**30, **condition}
+            self._retry(verb, url, lambda limit: self.fs.pipe_file(path, data, **more, **limit))
         except FileNotFoundError as error:
+            if condition:
+                raise
             raise StoreError(f"{verb} {url}: nowhere to write; does the bucket exist?") from error
 
     def _path(self, url: str) -> str:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import importlib.util
 import os
+import socket
+import subprocess
 import sys
 import threading
+import time
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,11 +71,35 @@ def gcs_folder(gcs: str) -> tuple[str, dict[str, Any]]:
     return f"gs://{BUCKET}/{uuid.uuid4().hex}", {"endpoint_url": gcs}
 
 
-@pytest.fixture(params=["local", "gcs"])
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """Storage options for a moto server process that speaks S3 and holds the bucket `batchgen-tests`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("s3") / "log"
+    command = [Path(sys.executable).with_name("moto_server"), "-H", "127.0.0.1", "-p", str(port)]
+    with log.open("wb") as file, subprocess.Popen(command, stdout=file, stderr=file) as server:
+        options = {"endpoint_url": f"http://127.0.0.1:{port}", "key": "tests", "secret": "tests"}
+        deadline = time.monotonic() + 60
+        while True:
+            assert server.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            with contextlib.suppress(ConnectionError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.1)
+        store.connect("s3://", options).fs.call_s3("create_bucket", Bucket=BUCKET)
+        yield options
+        server.terminate()
+
+
+@pytest.fixture(params=["local", "gcs", "s3"])
 def anywhere(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, dict[str, Any]]:
-    """A fresh folder, on disk and then in a bucket, as (URL, storage options)."""
+    """A fresh folder, on disk and then in a bucket of GCS and of S3, as (URL, storage options)."""
     if request.param == "local":
         return str(tmp_path / "store"), {}
+    if request.param == "s3":
+        return f"s3://{BUCKET}/{uuid.uuid4().hex}", request.getfixturevalue("s3")
     folder: tuple[str, dict[str, Any]] = request.getfixturevalue("gcs_folder")
     return folder
 

@@ -77,6 +77,36 @@ def test_create_never_replaces(anywhere: Anywhere) -> None:
     assert store.read(url) == b"mine"
 
 
+def test_swap_replaces_what_it_knows_and_nothing_else(anywhere: Anywhere) -> None:
+    store, url = connect(*anywhere), f"{anywhere[0]}/x"
+    assert not store.swap(url, b"", b"1"), "there is nothing to replace"
+    store.put(url, b"1")
+    assert store.swap(url, b"1", b"2")
+    assert not store.swap(url, b"1", b"3")
+    assert store.read(url) == b"2"
+    assert list(store.find(anywhere[0])) == [url]
+
+
+def test_of_many_swaps_one_wins(anywhere: Anywhere) -> None:
+    url = f"{anywhere[0]}/x"
+    connect(*anywhere).put(url, b"0")
+    barrier = threading.Barrier(8)
+
+    def swap(i: int) -> list[int]:
+        store, won = connect(*anywhere), []
+        for turn in range(5):
+            barrier.wait()
+            won += [turn] if store.swap(url, b"%d" % turn, b"%d" % (turn + 1) + b" by %d" % i) else []
+            barrier.wait()
+            if won and won[-1] == turn:
+                store.put(url, b"%d" % (turn + 1))
+            barrier.wait()
+        return won
+
+    with ThreadPoolExecutor(8) as threads:
+        assert sorted(turn for won in threads.map(swap, range(8)) for turn in won) == [0, 1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("size", [10, 300_000])
 def test_exactly_one_of_many_creators_wins(anywhere: Anywhere, size: int) -> None:
     store = connect(*anywhere)
