@@ -56,7 +56,7 @@ def main() -> None:
 
     \b
     Exit codes: 0 done; 1 too many error rows, or rows are missing; 2 bad job file, input or model;
-    73 the output holds another job's rows; 75 drained, run the same command again.
+    73 the output holds another job's rows; 75 drained, or another run holds the output: run the same command again.
     """  # noqa: D301  # click reads the backspace itself
 
 
@@ -64,6 +64,7 @@ def main() -> None:
 @_SPEC
 @_SET
 @click.option("--mix", is_flag=True, help="Allow an output folder that holds rows of another model or sampling.")
+@click.option("--retry-failed", is_flag=True, help="Do rows again that ended as errors, and replace their parts.")
 @click.option(
     "--log",
     "log_mode",
@@ -73,7 +74,7 @@ def main() -> None:
     help="Progress line, log lines or JSON lines on stderr; auto: progress on a terminal, else plain.",
 )
 @_JSON
-def submit(spec: str, overrides: tuple[str, ...], mix: bool, log_mode: Any, as_json: bool) -> None:
+def submit(spec: str, overrides: tuple[str, ...], mix: bool, retry_failed: bool, log_mode: Any, as_json: bool) -> None:
     """Run what is left of a job, and reconcile its output.
 
     Shards whose part file exists are done; finished rows of the others are in the journal. So the same command starts a
@@ -84,7 +85,14 @@ def submit(spec: str, overrides: tuple[str, ...], mix: bool, log_mode: Any, as_j
     from batchgen import job, terminal
 
     with terminal.Watcher(log_mode) as watcher:
-        result = job.submit(loaded, mix=mix, draining=drain.requested, started=watcher.started, watch=watcher.watch)
+        result = job.submit(
+            loaded,
+            mix=mix,
+            retry_failed=retry_failed,
+            draining=drain.requested,
+            started=watcher.started,
+            watch=watcher.watch,
+        )
     facts = result.summary.as_json() | {"output": result.output, "ran": result.tally is not None}
     click.echo(json.dumps(facts) if as_json else terminal.outcome(result))
     if result.summary.error_rate > loaded.max_error_rate:
@@ -157,6 +165,28 @@ def features(
 
     work = features.run(loaded, to=to, layers=at, dtype=dtype, draining=drain.requested, started=started, stored=stored)
     click.echo(terminal.as_json(work) if as_json else f"features: {work.folder} ({len(work.files):,} files)")
+
+
+@main.command()
+@_SPEC
+@_SET
+@click.option("--dry-run", is_flag=True, help="Only name it.")
+@_JSON
+def gc(spec: str, overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
+    """Remove what dead runs left and no submit will use.
+
+    Journals of shards that have their part, or whose input was changed or removed since, and on disk unfinished files
+    that are an hour old. Parts are never touched.
+    """
+    loaded = _load(spec, overrides)
+    from batchgen import job, terminal
+
+    found = job.collect(loaded, remove=not dry_run)
+    click.echo(
+        terminal.as_json({"removed": not dry_run, "found": found})
+        if as_json
+        else terminal.garbage(found, removed=not dry_run)
+    )
 
 
 @main.command()

@@ -11,6 +11,8 @@
   - ReconciliationError        (exit 1)   the output does not hold every input row exactly once
   - OutputConflictError        (exit 73)  the output folder holds another job's rows
   - DrainedError               (exit 75)  stopped on request; run the same command again to go on
+  - LeaseHeldError             (exit 75)  another run writes to this output; run again when it has ended
+  - LeaseLostError             (exit 75)  another run took this one's output over
 
 Every message is one line that names the file, field, row or key, what was found, what was expected and what to do.
 A row that cannot be generated is never an exception: it is a `record.Verdict` in the output.
@@ -73,5 +75,17 @@ class OutputConflictError(BatchgenError):
 
 class DrainedError(BatchgenError):
     """Stopped on request (SIGINT, SIGTERM) with everything finished so far journalled."""
+
+    exit_code = 75
+
+
+class LeaseHeldError(BatchgenError):
+    """Another run writes to this output."""
+
+    exit_code = 75
+
+
+class LeaseLostError(BatchgenError):
+    """Another run took over, because this one gave no sign of life for longer than its lease."""
 
     exit_code = 75

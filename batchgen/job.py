@@ -1,4 +1,4 @@
-"""The product's table of contents: submit, survey and status of a whole job.
+"""The product's table of contents: submit, survey, status and collection of what dead runs left.
 
     spec -> plan -> job -> cluster -> worker -> write -> report
 
@@ -33,12 +33,15 @@ from batchgen import (
     write,
 )
 from batchgen.errors import OutputConflictError, ReconciliationError
+from batchgen.lease import Lease
 from batchgen.speculation import costs
 from batchgen.store import STATE_FOLDER, connect
 from batchgen.worker import Tally, Task
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
+
+    import pyarrow as pa
 
     from batchgen.models import Model
     from batchgen.plan import Plan
@@ -59,7 +62,10 @@ MEASURED_ROWS = 32
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A spec with everything it names found: stores, models, plan. Nothing is loaded onto a device yet."""
+    """A spec with everything it names found: stores, models, plan. Nothing is loaded onto a device yet.
+
+    `again` has the parts, by their shards' keys, whose failed rows are to be done again.
+    """
 
     spec: Spec
     source: Store
@@ -72,11 +78,17 @@ class Job:
     kept: list[Any]
     columns: read.Columns
     sampling: record.Sampling
+    again: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def output(self) -> str:
         """Folder of the completions."""
         return self.spec.output.path.rstrip("/")
+
+    @functools.cached_property
+    def schema(self) -> pa.Schema:
+        """Of parts and journal segments."""
+        return record.output_schema(self.kept, token_ids=self.spec.output.token_ids)
 
     @functools.cached_property
     def facts(self) -> dict[str, str]:
@@ -99,8 +111,8 @@ class Job:
 
     @functools.cached_property
     def todo(self) -> list[Shard]:
-        """Shards without a part, in input order."""
-        done = write.parts(self.sink, self.output)
+        """Shards without a part, or with one whose failed rows are to be done again, in input order."""
+        done = write.parts(self.sink, self.output).keys() - self.again.keys()
         return [shard for shard in self.plan.shards if shard.key not in done]
 
 
@@ -184,50 +196,31 @@ def submit(
     spec: Spec,
     *,
     mix: bool = False,
+    retry_failed: bool = False,
     draining: Callable[[], bool] = lambda: False,
     started: Callable[[Job], None] = lambda job: None,
     watch: Callable[[Tally], None] = lambda tally: None,
 ) -> Outcome:
     """Run what is left of the job and reconcile. `mix` allows parts of another fingerprint beside this job's.
 
+    `retry_failed` does rows again that stand as errors in parts.
+
     `started` is called once all is found and planned, `watch` after every engine step.
 
     Raises:
+        LeaseHeldError, LeaseLostError: another run writes to the output folder, or took it over.
         OutputConflictError: the output folder holds another job's rows.
         DrainedError: `draining` became true.
         ReconciliationError: the parts do not hold every input row exactly once.
     """
     job = prepare(spec)
-    schema = record.output_schema(job.kept, token_ids=spec.output.token_ids)
-    _own_output(job, [f"{field.name}: {field.type}" for field in schema], mix=mix)
-    started(job)
-    tally = None
-    journal.sweep(job.sink, job.output, {shard.key for shard in job.plan.shards} - {shard.key for shard in job.todo})
-    if job.todo:
-        task = Task(
-            source=job.source,
-            sink=job.sink,
-            output=job.output,
-            schema=schema,
-            columns=job.columns,
-            sampling=job.sampling,
-            journal_rows=spec.checkpoint.journal_rows,
-            journal_seconds=spec.checkpoint.journal_seconds,
-            metadata=job.facts,
-            min_acceptance=spec.speculation.min_acceptance,
-            below_min=spec.speculation.below_min,
-        )
-        engine = engines.build(spec, job.target, job.draft, job.renderer.decode, _costs_folder())
-        tally = cluster.run(task, job.todo, engine, job.renderer, draining=draining, watch=watch)
-        _remember_cost(job, tally)
-    summary = report.summarise(job.sink, job.output, job.plan, job.sampling.n)
-    stored = report.load(job.sink, job.output) or {}
-    if any(stored.get(name) != value for name, value in summary.as_json().items()):
-        run = {"tokens_per_s": tally and tally.tokens_per_s, "speculation": tally and tally.speculation}
-        report.save(job.sink, job.output, summary, job.facts | run)
-    if summary.problems:
-        raise ReconciliationError(f"{job.output}: " + "; ".join(summary.problems))
-    return Outcome(summary, tally, job.output)
+    with Lease.take(job.sink, job.output, ttl_s=spec.checkpoint.lease_seconds, draining=draining) as lease:
+        _own_output(job, mix=mix)
+        if retry_failed:
+            again = plan.failed(job.sink, write.parts(job.sink, job.output), job.plan)
+            job = dataclasses.replace(job, again=again)
+        started(job)
+        return _run(job, lease, draining=draining, watch=watch)
 
 
 def survey(spec: Spec) -> Survey:
@@ -265,10 +258,74 @@ def survey(spec: Spec) -> Survey:
     )
 
 
+def collect(spec: Spec, *, remove: bool = True) -> list[str]:
+    """URLs of what dead runs left and no submit will use; with `remove`, they are gone.
+
+    Raises:
+        LeaseHeldError: a run is under way.
+    """
+    job = prepare(spec, weights=False)
+    with Lease.take(job.sink, job.output, ttl_s=spec.checkpoint.lease_seconds) as lease:
+        todo = {shard.key for shard in job.todo}
+        found = journal.strays(job.sink, job.output, job.plan.fingerprint, todo)
+        unfinished = job.sink.unfinished(job.output)
+        if remove:
+            lease.check()
+            for folder in found:
+                job.sink.remove(folder)
+            job.sink.delete(unfinished)
+    return found + unfinished
+
+
 def progress(spec: Spec) -> Status:
     """How far the job is, from files alone."""
     job = prepare(spec, weights=False)
     return status.status(job.sink, job.output, job.plan, job.sampling.n)
+
+
+def _run(
+    job: Job,
+    lease: Lease,
+    *,
+    draining: Callable[[], bool],
+    watch: Callable[[Tally], None],
+) -> Outcome:
+    """Do what is to do, and reconcile."""
+    spec, tally = job.spec, None
+    journal.sweep(job.sink, job.output, {shard.key for shard in job.plan.shards} - {shard.key for shard in job.todo})
+    if job.todo:
+        task = Task(
+            source=job.source,
+            sink=job.sink,
+            output=job.output,
+            schema=job.schema,
+            columns=job.columns,
+            sampling=job.sampling,
+            journal_rows=spec.checkpoint.journal_rows,
+            journal_seconds=spec.checkpoint.journal_seconds,
+            metadata=job.facts,
+            epoch=lease.epoch,
+            again=job.again,
+            min_acceptance=spec.speculation.min_acceptance,
+            below_min=spec.speculation.below_min,
+        )
+        engine = engines.build(spec, job.target, job.draft, job.renderer.decode, _costs_folder())
+
+        def watched(tally: Tally) -> None:
+            lease.check()
+            watch(tally)
+
+        tally = cluster.run(task, job.todo, engine, job.renderer, draining=draining, watch=watched)
+        _remember_cost(job, tally)
+    lease.check()
+    summary = report.summarise(job.sink, job.output, job.plan, job.sampling.n)
+    stored = report.load(job.sink, job.output) or {}
+    if any(stored.get(name) != value for name, value in summary.as_json().items()):
+        run = {"tokens_per_s": tally and tally.tokens_per_s, "speculation": tally and tally.speculation}
+        report.save(job.sink, job.output, summary, job.facts | run)
+    if summary.problems:
+        raise ReconciliationError(f"{job.output}: " + "; ".join(summary.problems))
+    return Outcome(summary, tally, job.output)
 
 
 def _sample(job: Job, shards: list[Shard]) -> list[Row]:
@@ -282,8 +339,9 @@ def _sample(job: Job, shards: list[Shard]) -> list[Row]:
     return rows
 
 
-def _own_output(job: Job, columns: list[str], *, mix: bool) -> None:
+def _own_output(job: Job, *, mix: bool) -> None:
     """Claim the output folder for this job, or see that it is ours already; refuse what would put a row there twice."""
+    columns = [f"{field.name}: {field.type}" for field in job.schema]
     url = f"{job.output}/{JOB}"
     mine = {"fingerprint": job.plan.fingerprint, "columns": columns, "rows_per_part": job.spec.checkpoint.rows_per_part}
     text = json.dumps(mine | job.facts | {"spec": _public(job.spec)}, indent=2).encode()

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchgen.errors import CorruptOutputError, OutputConflictError, StoreError
+from batchgen.errors import CorruptOutputError, LeaseLostError, OutputConflictError, StoreError
 from batchgen.store import STATE_FOLDER
 
 if TYPE_CHECKING:
@@ -71,25 +71,31 @@ class Journal:
         schema: pa.Schema,
         *,
         worker: str,
+        epoch: int = 0,
+        again: tuple[str, pa.Table] | None = None,
         max_rows: int = 64,
         max_seconds: float = 20.0,
     ) -> Journal:
         """Begin an attempt at `shard` with the rows that earlier attempts journalled.
 
-        Whether the shard's part exists already is for the caller to ask first.
+        Whether the shard's part exists already is for the caller to ask first. `epoch` is that of the lease.
+        When a part is to be replaced, `again` are its commit and the rows of it that stay.
 
         Raises:
+            LeaseLostError: a claim of a later epoch is there.
             CorruptOutputError: a claim or an accepted segment is missing or does not read back as written.
             OutputConflictError: an accepted segment has other columns than `schema`.
         """
-        folder = _folder(output_url, shard.key)
+        folder = _folder(output_url, f"{shard.key}-{again[0]}" if again else shard.key)
         while True:
             files = _by_name(store.find(folder))
             try:
                 before = _latest(store, files)
             except FileNotFoundError:
                 continue  # removed since it was listed
-            claim = _Claim.after(before, files)
+            claim = _Claim.after(before, files, epoch, shard.fingerprint)
+            if before and before.epoch > epoch:
+                raise LeaseLostError(f"{folder}/{before.name}: claimed by a later run; this one writes no more")
             if not store.create(f"{folder}/{claim.name}", claim.to_json(worker)):
                 continue  # another worker took the number; its claim is the one to follow now
             try:
@@ -99,8 +105,9 @@ class Journal:
                     # The shard was committed and its journal removed, claims first, while we looked at it.
                     store.delete([f"{folder}/{claim.name}"])
                     continue
-                again = f"remove {folder} to generate its rows again"
-                raise CorruptOutputError(f"{error.filename}: this journal segment is missing; {again}") from error
+                remedy = f"remove {folder} to generate its rows again"
+                raise CorruptOutputError(f"{error.filename}: this journal segment is missing; {remedy}") from error
+            accepted += [again[1]] if again else []
             return cls(store, folder, claim, schema, accepted, max_rows=max_rows, max_seconds=max_seconds)
 
     def add(self, row: dict[str, Any]) -> None:
@@ -152,7 +159,7 @@ def pending(store: Store, output_url: str) -> dict[str, int]:
     shards: dict[str, dict[str, Entry]] = {}
     for url, entry in store.find(_folder(output_url)).items():
         key, name = url.split("/")[-2:]
-        if key not in finished:
+        if key[:16] not in finished:
             shards.setdefault(key, {})[name] = entry
     rows = dict.fromkeys(shards, 0)
     segments: list[tuple[str, Entry]] = []
@@ -171,8 +178,20 @@ def pending(store: Store, output_url: str) -> dict[str, int]:
 
 def sweep(store: Store, output_url: str, keys: set[str]) -> None:
     """Remove the journals of the shards `keys`: their parts stand, a run died before it cleared up."""
-    for name in {url.split("/")[-2] for url in store.find(_folder(output_url))} & keys:
-        store.remove(_folder(output_url, name))
+    for name in {url.split("/")[-2] for url in store.find(_folder(output_url))}:
+        if name[:16] in keys:
+            store.remove(_folder(output_url, name))
+
+
+def strays(store: Store, output_url: str, fingerprint: str, keys: set[str]) -> list[str]:
+    """The journals of this fingerprint's other shards than `keys`, by URL: their input changed, or is input no more."""
+    folders: dict[str, dict[str, Entry]] = {}
+    for url, entry in store.find(_folder(output_url)).items():
+        folder, _, name = url.rpartition("/")
+        if folder.rpartition("/")[2][:16] not in keys:
+            folders.setdefault(folder, {})[name] = entry
+    latest = {folder: _latest(store, files) for folder, files in folders.items()}
+    return [folder for folder, claim in latest.items() if claim is None or claim.fingerprint == fingerprint]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -182,6 +201,8 @@ class _Claim:
     number: int
     nonce: str
     accepted: tuple[str, ...]
+    epoch: int
+    fingerprint: str
 
     @property
     def name(self) -> str:
@@ -193,16 +214,16 @@ class _Claim:
         return f"seg-{self.number:04d}-{self.nonce}-"
 
     @staticmethod
-    def after(before: _Claim | None, files: Mapping[str, Entry]) -> _Claim:
+    def after(before: _Claim | None, files: Mapping[str, Entry], epoch: int = 0, fingerprint: str = "") -> _Claim:
         """The next claim, with everything that `before` accepted and wrote."""
         written = sorted(name for name in files if before and name.startswith(before.segments))
         accepted = (*before.accepted, *written) if before else ()
-        return _Claim(before.number + 1 if before else 1, uuid.uuid4().hex[:12], accepted)
+        return _Claim(before.number + 1 if before else 1, uuid.uuid4().hex[:12], accepted, epoch, fingerprint)
 
     def to_json(self, worker: str) -> bytes:
-        return json.dumps(
-            {"n": self.number, "worker": worker, "nonce": self.nonce, "accepted": self.accepted}, indent=1
-        ).encode()
+        facts = {"n": self.number, "worker": worker, "epoch": self.epoch, "nonce": self.nonce}
+        facts |= {"fingerprint": self.fingerprint}
+        return json.dumps(facts | {"accepted": self.accepted}, indent=1).encode()
 
 
 def _folder(output_url: str, *key: str) -> str:
@@ -221,7 +242,7 @@ def _latest(store: Store, files: Mapping[str, Entry]) -> _Claim | None:
     url = files[numbers[max(numbers)]].url
     try:
         claim = json.loads(store.read(url))
-        return _Claim(claim["n"], claim["nonce"], tuple(claim["accepted"]))
+        return _Claim(claim["n"], claim["nonce"], tuple(claim["accepted"]), claim["epoch"], claim["fingerprint"])
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptOutputError(f"{url}: not a claim as batchgen writes it ({error}); remove its folder") from error
 

@@ -21,7 +21,7 @@ from batchgen.errors import InputError
 from batchgen.record import Shard
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from batchgen.spec import Spec
     from batchgen.store import Entry, Store
@@ -136,18 +136,13 @@ def strangers(store: Store, parts: Mapping[str, str], made: Plan) -> list[str]:
     parts of another fingerprint stand beside this job's without harm.
     """
     own = {shard.key for shard in made.shards}
-    urls = {url for key, url in parts.items() if key not in own}
-    folders = {url.rpartition("/")[0] for url in urls}
-    found = {url: entry for folder in folders for url, entry in store.find(folder, recursive=False).items()}
-    entries = [found[url] for url in sorted(urls & found.keys())]
     versions = {file.url: file.version for file in made.files}
     lines = []
-    for entry, tail in zip(entries, store.tails(entries, TAIL_BYTES), strict=True):
-        try:
-            facts = _facts(_footer(store, entry, tail))
-        except (ValueError, OSError, pa.ArrowException) as error:
-            lines.append(f"{entry.url}: cannot be read ({_first_line(error)}), so whose rows it holds is not known")
+    for url, footer in _footers(store, {url for key, url in parts.items() if key not in own}):
+        if isinstance(footer, Exception):
+            lines.append(f"{url}: cannot be read ({_first_line(footer)}), so whose rows it holds is not known")
             continue
+        facts = _facts(footer)
         file, version, rows = (facts.get(name, "") for name in ("file", "file_version", "rows"))
         if facts.get("fingerprint") != made.fingerprint or file not in versions:
             continue
@@ -155,8 +150,36 @@ def strangers(store: Store, parts: Mapping[str, str], made: Plan) -> list[str]:
             why = f"which has changed (version {version}, now {versions[file]})"
         else:
             why = "which is cut at other rows now (checkpoint.rows_per_part)"
-        lines.append(f"{entry.url}: holds rows {rows} of {file}, {why}")
+        lines.append(f"{url}: holds rows {rows} of {file}, {why}")
     return lines
+
+
+def failed(store: Store, parts: Mapping[str, str], made: Plan) -> dict[str, str]:
+    """Those of `parts`, shard keys to URLs, that are of this plan and hold rows with status "error"."""
+    keys = {parts[shard.key]: shard.key for shard in made.shards if shard.key in parts}
+    return {keys[url]: url for url, footer in _footers(store, set(keys)) if _may_hold_errors(footer)}
+
+
+def _may_hold_errors(footer: pq.FileMetaData | Exception) -> bool:
+    """By the smallest status of each row group: "error" stands before "ok" and "skipped"."""
+    if isinstance(footer, Exception):
+        return False  # reconciliation names it
+    groups = (footer.row_group(i) for i in range(footer.num_row_groups))
+    columns = (group.column(i) for group in groups for i in range(group.num_columns))
+    found = (column.statistics for column in columns if column.path_in_schema == "status")
+    return any(known is None or not known.has_min_max or known.min == "error" for known in found)
+
+
+def _footers(store: Store, urls: set[str]) -> Iterator[tuple[str, pq.FileMetaData | Exception]]:
+    """The footer of each object, or why it has none, by sorted URL; what is not there is left out."""
+    folders = {url.rpartition("/")[0] for url in urls}
+    found = {url: entry for folder in folders for url, entry in store.find(folder, recursive=False).items()}
+    entries = [found[url] for url in sorted(urls & found.keys())]
+    for entry, tail in zip(entries, store.tails(entries, TAIL_BYTES), strict=True):
+        try:
+            yield entry.url, _footer(store, entry, tail)
+        except (ValueError, OSError, pa.ArrowException) as error:
+            yield entry.url, error
 
 
 def _facts(footer: pq.FileMetaData) -> dict[str, str]:

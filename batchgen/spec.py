@@ -188,6 +188,9 @@ class CheckpointSpec(_Part):
     rows_per_part: int = Field(default=4096, ge=1, description="Input rows per output file.")
     journal_rows: int = Field(default=64, ge=1, description="Save finished rows after this many ...")
     journal_seconds: float = Field(default=20.0, gt=0, description="... or seconds, whichever comes first.")
+    lease_seconds: float = Field(
+        default=20.0, ge=2, description="A run that shows no sign of life for so long may be taken over."
+    )
 
 
 class OutputSpec(_Part):

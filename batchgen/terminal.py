@@ -148,6 +148,7 @@ def outcome(result: Outcome) -> str:
         lines[0] += " (all done before; nothing to do)"
     elif tally.tokens_per_s:
         resumed = f", {tally.resumed:,} rows taken over from an earlier run's journal" if tally.resumed else ""
+        resumed += f", {tally.standing:,} rows left as they stood" if tally.standing else ""
         lines.append(f"{tally.completion_tokens:,} tokens at {tally.tokens_per_s:,.0f} tokens/s{resumed}")
     if s.acceptance_rate is not None and s.acceptance_length is not None:
         depths = " ".join(f"{count / s.draft_steps:.3f}" for count in s.accepted_per_depth)
@@ -225,6 +226,12 @@ def features(work: Work) -> str:
         f"{len(work.todo):,} of {len(work.files):,} files to do: {tokens:,} tokens, after layers {after}, in "
         f"{work.dtype}: {_bytes(work.num_bytes)}"
     )
+
+
+def garbage(found: list[str], *, removed: bool) -> str:
+    """What `batchgen gc` prints."""
+    verb = "removed" if removed else "would remove"
+    return "\n".join(f"{verb} {url}" for url in found) or "nothing to remove"
 
 
 def as_json(facts: Any) -> str:

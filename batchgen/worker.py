@@ -12,8 +12,10 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
-from batchgen import read, record, screen, write
-from batchgen.errors import AcceptanceError, DrainedError, OutputConflictError, StoreError
+import pyarrow.compute as pc
+
+from batchgen import lease, read, record, screen, write
+from batchgen.errors import AcceptanceError, DrainedError, LeaseLostError, OutputConflictError, StoreError
 from batchgen.journal import Journal
 from batchgen.record import Request
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from batchgen.record import Completion, Row, Sampling, Shard
     from batchgen.render import Renderer
     from batchgen.store import Store
+    from batchgen.write import Part
 
 log = logging.getLogger("batchgen.worker")
 
@@ -38,7 +41,10 @@ WARM_UP_DRAFTS = 2000
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Task:
-    """What a worker needs to know of the job, beside its shards and its engine."""
+    """What a worker needs to know of the job, beside its shards and its engine.
+
+    `epoch` is the lease's; `again` has the parts, by their shards' keys, whose failed rows are to be done again.
+    """
 
     source: Store
     sink: Store
@@ -49,6 +55,8 @@ class Task:
     journal_rows: int
     journal_seconds: float
     metadata: Mapping[str, str]
+    epoch: int
+    again: Mapping[str, str] = dataclasses.field(default_factory=dict)
     worker: str = "0"
     min_acceptance: float | None = None
     below_min: str = "warn"
@@ -56,12 +64,16 @@ class Task:
 
 @dataclasses.dataclass(slots=True)
 class Tally:
-    """What this run did, for people who watch; the truth is in the files (`report`)."""
+    """What this run did, for people who watch; the truth is in the files (`report`).
+
+    `resumed` counts the output rows that it found in journals, `standing` those that stay of parts that it replaces.
+    """
 
     ok: int = 0
     error: int = 0
     skipped: int = 0
     resumed: int = 0
+    standing: int = 0
     parts: int = 0
     completion_tokens: int = 0
     target_steps: int = 0
@@ -74,8 +86,8 @@ class Tally:
 
     @property
     def samples(self) -> int:
-        """Output rows that this run recorded or found in journals."""
-        return self.ok + self.error + self.skipped + self.resumed
+        """Output rows that this run recorded or found."""
+        return self.ok + self.error + self.skipped + self.resumed + self.standing
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -106,10 +118,15 @@ class Tally:
 
 @dataclasses.dataclass(slots=True)
 class _OpenShard:
-    """A shard whose rows are under way; `order` has its row ids in input order, all of them once `read` is set."""
+    """A shard whose rows are under way; `order` has its row ids in input order, all of them once `read` is set.
+
+    `part` is what the rows will replace, `attempts` how often its failed rows were tried before.
+    """
 
     shard: Shard
     journal: Journal
+    part: Part | None
+    attempts: dict[tuple[str, int], int]
     order: list[str] = dataclasses.field(default_factory=list)
     read: bool = False
 
@@ -139,11 +156,12 @@ class Worker:
         Raises:
             DrainedError: `draining` became true; everything finished is in the journals.
             AcceptanceError: acceptance stayed below `min_acceptance` and the job says to fail.
+            LeaseLostError: another run took the output over.
         """
         try:
             self._run(self._requests(shards), draining, watch)
-        except StoreError:
-            raise  # storage has failed for minutes: asking it for more would only take more of them
+        except (StoreError, LeaseLostError):
+            raise  # storage has failed for minutes, asking it for more would only take more; or it is not ours to write
         except BaseException:
             # Whatever else ends the run early, what is finished need not be done again.
             for opened in self._open:
@@ -206,18 +224,30 @@ class Worker:
 
     def _claim(self, shard: Shard) -> _OpenShard:
         task = self._task
+        lease.verify(task.sink, task.output, task.epoch)
+        part, again, attempts = None, None, {}
+        if shard.key in task.again:
+            part = write.load(task.sink, task.again[shard.key], task.schema)
+            failed = pc.equal(part.table["status"], "error")
+            again = part.commit, part.table.filter(pc.invert(failed))
+            rows = part.table.select(["row_id", "sample", "attempts"]).filter(failed).to_pylist()
+            attempts = {(row["row_id"], row["sample"]): row["attempts"] for row in rows}
         journal = Journal.claim(
             task.sink,
             task.output,
             shard,
             task.schema,
             worker=task.worker,
+            epoch=task.epoch,
+            again=again,
             max_rows=task.journal_rows,
             max_seconds=task.journal_seconds,
         )
-        opened = _OpenShard(shard, journal)
+        opened = _OpenShard(shard, journal, part, attempts)
         self._open.append(opened)
-        self.tally.resumed += len(journal.done)
+        standing = again[1].num_rows if again else 0
+        self.tally.standing += standing
+        self.tally.resumed += len(journal.done) - standing
         return opened
 
     def _read(self, opened: _OpenShard) -> Iterator[Row]:
@@ -232,7 +262,7 @@ class Worker:
         else:
             self.tally.skipped += 1
         names = {"engine": self._engine.name, "worker": self._task.worker, "shard": opened.shard.key}
-        opened.journal.add(record.refused(row, row.verdict, sample, **names))
+        self._add(opened, record.refused(row, row.verdict, sample, **names))
 
     def _step(self) -> None:
         began = time.perf_counter()
@@ -244,9 +274,14 @@ class Worker:
             opened, row = self._rows.pop(completion.key)  # type: ignore[call-overload]
             self.tally.count(completion)
             names = {"engine": self._engine.name, "worker": self._task.worker, "shard": opened.shard.key}
-            opened.journal.add(record.finished(row, completion, **names))
+            self._add(opened, record.finished(row, completion, **names))
         if completions:
             self._gate()
+
+    @staticmethod
+    def _add(opened: _OpenShard, row: dict[str, Any]) -> None:
+        row["attempts"] += opened.attempts.get((row["row_id"], row["sample"]), 0)
+        opened.journal.add(row)
 
     def _journal(self) -> None:
         """Commit complete shards and journal what has waited long enough."""
@@ -268,8 +303,14 @@ class Worker:
             "file": opened.shard.file,
             "file_version": opened.shard.version,
             "rows": f"{opened.shard.start}-{opened.shard.stop}",
+            "lease_epoch": str(self._task.epoch),
         }
-        mine = write.commit(self._task.sink, self._task.output, opened.shard, table.take(order), metadata=metadata)
+        lease.verify(self._task.sink, self._task.output, self._task.epoch)
+        rows, sink = table.take(order), self._task.sink
+        if opened.part is None:
+            mine = write.commit(sink, self._task.output, opened.shard, rows, metadata=metadata)
+        else:
+            mine = write.replace(sink, opened.part, opened.shard, rows, metadata=metadata)
         opened.journal.remove()
         self.tally.parts += 1
         what = "committed" if mine else "already committed by another run; this one's rows are dropped:"

@@ -4,10 +4,12 @@ The whole Parquet file is built in memory, with page checksums, and checked befo
 meets a part of the same shard there discards his own. A shard's part has one name for ever, agreed on by a create-only
 note in the state folder: two submits may count the same shard differently, and a late worker of the first must not put
 its rows beside those of the second. What was stored is read back; a part that is not what was sent is taken away again.
+A part is replaced only to do its failed rows again, by compare-and-swap, so that at no moment a row stands twice.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
 import uuid
@@ -54,7 +56,6 @@ def commit(store: Store, output_url: str, shard: Shard, table: pa.Table, *, meta
     Raises:
         CorruptOutputError: the part does not read back as sent; it is removed, and the journal stays.
     """
-    assert len(set(_keys(table))) == table.num_rows, f"shard {shard.key}: a row stands twice in its part"
     if shard.key in parts(store, output_url):
         return False
     data = _encode(table, {**metadata, "shard": shard.key, "commit": uuid.uuid4().hex})
@@ -68,8 +69,50 @@ def commit(store: Store, output_url: str, shard: Shard, table: pa.Table, *, meta
     return True
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Part:
+    """A part as it stands: its bytes, rows and the nonce of the commit that wrote it."""
+
+    url: str
+    data: bytes
+    table: pa.Table
+    commit: str
+
+
+def load(store: Store, url: str, schema: pa.Schema) -> Part:
+    """The part at `url`, its rows as in `schema`.
+
+    Raises:
+        CorruptOutputError: it does not read back as written, or is gone.
+    """
+    try:
+        data = store.read(url)
+        table = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read()
+        commit = table.schema.metadata[b"batchgen.commit"].decode()
+        return Part(url, data, table.cast(schema), commit)
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        cause = " ".join(str(error).split())
+        raise CorruptOutputError(f"{url}: does not read back ({cause}); remove it and submit again") from error
+
+
+def replace(store: Store, part: Part, shard: Shard, table: pa.Table, *, metadata: Mapping[str, str]) -> bool:
+    """Make `table` the shard's part in place of `part`; False when another run replaced or removed that meanwhile.
+
+    Raises:
+        CorruptOutputError: the new part does not read back as sent; the old one stands again.
+    """
+    data = _encode(table, {**metadata, "shard": shard.key, "commit": uuid.uuid4().hex})
+    if not store.swap(part.url, part.data, data):
+        return False
+    if all(_read(store, part.url) != data for _ in range(2)):
+        store.put(part.url, part.data)
+        raise CorruptOutputError(f"{part.url}: does not read back as written; the part before stands again")
+    return True
+
+
 def _encode(table: pa.Table, metadata: Mapping[str, str]) -> bytes:
     """The part's bytes, proven to decode to the same rows."""
+    assert len(set(_keys(table))) == table.num_rows, f"shard {metadata['shard']}: a row stands twice in its part"
     tagged = {f"batchgen.{key}": value for key, value in metadata.items()}
     sink = io.BytesIO()
     pq.write_table(

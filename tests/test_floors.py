@@ -16,7 +16,7 @@ FLOORS = [
     {"errors", "locate"},
     {"spec", "record", "filesystems", "models", "provenance", "speculation"},
     {"store"},
-    {"plan", "read", "screen", "render", "generate", "journal", "write"},
+    {"plan", "read", "screen", "render", "generate", "journal", "write", "lease"},
     {"engines"},
     {"worker", "report", "status"},
     {"cluster"},

@@ -347,7 +347,7 @@ def test_help_says_what_to_run_and_what_exit_codes_mean():
     for line in (
         "  batchgen plan jobs/quickstart.yaml      what would run\n",
         "  Exit codes: 0 done;",
-        "  73 the output holds another job's rows; 75 drained, run the same command again.\n",
+        "  73 the output holds another job's rows; 75 drained, or another run holds the",
     ):
         assert line in shown
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import signal
@@ -54,6 +55,14 @@ def rehearsal(folder: Path, rows: int, **options) -> Path:
         speculation={"tree": "auto"},
         checkpoint={"rows_per_part": rows // 3, "journal_rows": 7, "journal_seconds": 30.0},
     )
+
+
+def edited(job: Path, section: str, **changes) -> Path:
+    """The same job file with some keys of a section replaced."""
+    sections = yaml.safe_load(job.read_text())
+    sections[section] |= changes
+    job.write_text(yaml.safe_dump(sections))
+    return job
 
 
 def batchgen(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -141,14 +150,18 @@ def test_a_kill_costs_at_most_the_journal_interval(tmp_path):
 def test_a_second_submit_does_nothing_and_takes_seconds(tmp_path):
     job = rehearsal(tmp_path, rows=30)
     assert batchgen("submit", job).returncode == 0
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*") if p.is_file()}
+
+    def files():
+        return {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*") if p.is_file() and p.stem != "lease"}
+
+    before = files()
     began = time.monotonic()
     again = batchgen("submit", job, "--json")
     assert again.returncode == 0
     assert json.loads(again.stdout)["ran"] is False
     assert json.loads(again.stdout)["ok"] == 30
     assert time.monotonic() - began < 30
-    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
+    assert files() == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -169,3 +182,100 @@ def test_a_signal_drains_and_the_next_submit_goes_on(tmp_path, number):
     assert last.returncode == 0
     assert "taken over from an earlier run's journal" in last.stdout
     assert len(rows(tmp_path / "out")) == 60
+
+
+def test_of_two_submits_at_once_one_runs_and_the_other_says_who(tmp_path):
+    job = rehearsal(tmp_path, rows=60, step_s=0.2)
+    first = start("submit", job, "--log", "plain")
+    wait_until_ready(first)
+    began = time.monotonic()
+    second = batchgen("submit", job)
+    assert time.monotonic() - began < 10
+    assert second.returncode == 75
+    assert re.search(rf"held by process {first.pid} on .*, since 20", second.stderr)
+    first.communicate(timeout=60)
+    assert first.returncode == 0
+    assert len({row["row_id"] for row in rows(tmp_path / "out")}) == 60
+
+
+def test_who_is_stopped_past_its_lease_changes_nothing_when_it_wakes(tmp_path):
+    job = edited(rehearsal(tmp_path, rows=60, step_s=0.2), "checkpoint", lease_seconds=2)
+    zombie = start("submit", job, "--log", "plain")
+    while not list((tmp_path / "out").rglob("seg-*")):
+        time.sleep(0.05)
+    zombie.send_signal(signal.SIGSTOP)
+    took_over = batchgen("submit", job, "--log", "plain")
+    assert took_over.returncode == 0, took_over.stderr
+    assert f"took over from process {zombie.pid}" in took_over.stderr
+    before = {file: file.read_bytes() for file in (tmp_path / "out").glob("*.parquet")}
+    zombie.send_signal(signal.SIGCONT)
+    _, err = zombie.communicate(timeout=30)
+    assert zombie.returncode == 75
+    assert "taken over by process" in err
+    assert {file: file.read_bytes() for file in (tmp_path / "out").glob("*.parquet")} == before
+
+
+def test_failed_rows_are_done_again_and_nothing_else(tmp_path):
+    """The part with failed rows is replaced, these count their attempts, and no other row is touched."""
+
+    job = rehearsal(tmp_path, rows=60)
+
+    def submit(*arguments, **options):
+        return batchgen("submit", edited(job, "engine", options=options), *arguments)
+
+    def table():
+        return pl.read_parquet(tmp_path / "out/*.parquet").sort("row_id")
+
+    assert submit(fail=["row-3", "row-5"]).returncode == 1
+    before, parts = table(), {file: file.read_bytes() for file in (tmp_path / "out").glob("*.parquet")}
+    assert submit().returncode == 1, "an error row is an answer; only --retry-failed asks again"
+    half = submit("--retry-failed", fail=["row-5"])
+    assert half.returncode == 1
+    assert "18 rows left as they stood" in half.stdout
+    done = submit("--retry-failed")
+    assert done.returncode == 0, done.stderr
+    after, again = table(), pl.col("row_id").is_in(["row-3", "row-5"])
+    assert after["row_id"].to_list() == before["row_id"].to_list()
+    assert after.filter(~again).equals(before.filter(~again))
+    assert after.filter(again).select("row_id", "attempts", "status").rows() == [("row-3", 2, "ok"), ("row-5", 3, "ok")]
+    assert sum(file.read_bytes() != data for file, data in parts.items()) == 1
+    assert "nothing to do" in submit("--retry-failed").stdout
+
+
+def test_a_kill_while_failed_rows_are_done_again_costs_none(tmp_path):
+    """Every row fails first; then the second try of many rows is killed again and again, on its way to the swap too."""
+    job, rng = rehearsal(tmp_path, rows=90, fail=["*"]), random.Random(3)
+    assert batchgen("submit", job).returncode == 1
+    edited(job, "engine", options={"step_s": 0.02, "tokens_per_step": 8})
+    for _ in range(KILLS):
+        process = start("submit", job, "--retry-failed", "--log", "plain")
+        wait_until_ready(process)
+        time.sleep(rng.uniform(0, 0.5))
+        process.kill()
+        process.communicate()
+        assert sorted(row["row_id"] for row in rows(tmp_path / "out")) == sorted(f"row-{i}" for i in range(90))
+    last = batchgen("submit", job, "--retry-failed")
+    assert last.returncode == 0, last.stderr
+    assert {(row["status"], row["attempts"]) for row in rows(tmp_path / "out")} == {("ok", 2)}
+    assert not list((tmp_path / "out").rglob("*.rows"))
+
+
+def test_gc_removes_what_no_submit_will_use(tmp_path):
+    """The journals of shards whose input changed meanwhile, and a file that a writer began long ago."""
+    job = rehearsal(tmp_path, rows=90, step_s=0.1)
+    process = start("submit", job)
+    while not list((tmp_path / "out").rglob("seg-*")):
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    assert batchgen("gc", job).stdout == "nothing to remove\n", "the next submit will use its journal"
+    source = tmp_path / "prompts.parquet"
+    pl.read_parquet(source).with_columns(extra=1).write_parquet(source)
+    old = tmp_path / "out/.tmp-0123"
+    old.write_bytes(b"half a p")
+    os.utime(old, (0, 0))
+    named = batchgen("gc", job, "--dry-run").stdout
+    assert re.fullmatch(rf"(would remove .*/__batchgen/journal/[0-9a-f]{{16}}\n)+would remove {old}\n", named)
+    assert batchgen("gc", job).stdout == named.replace("would remove", "removed")
+    assert not old.exists()
+    assert not list((tmp_path / "out").rglob("seg-*"))
