@@ -23,7 +23,7 @@ class Engine(Protocol):
     """Kind, as it stands in the output's `engine` column."""
 
     capacity: int
-    """Requests that run at the same time; a caller keeps the engine full by holding `unfinished` at `capacity`."""
+    """A caller keeps the engine full by holding `unfinished` at `capacity`: its batch size, and what it queues."""
 
     num_tokens: int
     """Completion tokens generated so far, those of unfinished requests included."""

@@ -185,9 +185,10 @@ def _process(pid: int) -> str:
     """A name that no other process has: of another machine, another container, or of this number before or after."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        # The 22nd field, counted behind the command in parentheses: when the process started, in ticks since boot.
-        started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-        return f"{boot} {Path('/proc/self/ns/pid').readlink()} {pid} {started}"
+        # Behind the command in parentheses: the state, and as the 22nd field when it started, in ticks since boot.
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        dead = state in {"Z", "X"}  # killed, and its parent did not ask for it yet
+        return "" if dead else f"{boot} {Path('/proc/self/ns/pid').readlink()} {pid} {fields[18]}"
     except OSError:
         return ""
 

@@ -56,8 +56,6 @@ def commit(store: Store, output_url: str, shard: Shard, table: pa.Table, *, meta
     Raises:
         CorruptOutputError: the part does not read back as sent; it is removed, and the journal stays.
     """
-    if shard.key in parts(store, output_url):
-        return False
     data = _encode(table, {**metadata, "shard": shard.key, "commit": uuid.uuid4().hex})
     url = f"{output_url.rstrip('/')}/{_agreed_name(store, output_url, shard)}"
     if not store.create(url, data):

@@ -19,7 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 _NOT_PASSED_ON = {"connection", "keep-alive", "transfer-encoding", "content-length", "date", "server"}
 
@@ -30,6 +30,7 @@ class Fault:
 
     "applied" does as asked and then loses the answer: `status` in its place, or a reset when that is None. "truncate"
     closes the connection in the middle of the body, "corrupt" flips a bit there, "delay" waits `delay_s` before.
+    `strike` is called where the answer would be given.
     """
 
     match: str
@@ -39,6 +40,7 @@ class Fault:
     status: int | None = 503
     body: bytes = b""
     delay_s: float = 0.0
+    strike: Callable[[], None] = lambda: None
 
 
 class FaultProxy:
@@ -94,6 +96,7 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or a body waits 40 ms for its headers to be acknowledged
     faulty: FaultProxy
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  # the base class' name
@@ -105,10 +108,12 @@ class _Handler(BaseHTTPRequestHandler):
         if fault and fault.do == "delay":
             time.sleep(fault.delay_s)
         if fault and fault.do in {"status", "reset"}:
+            fault.strike()
             self._lose(fault.status if fault.do == "status" else None, fault.body)
             return
         status, headers, data = self._forward(body)
         if fault and fault.do == "applied":
+            fault.strike()
             self._lose(fault.status, fault.body)
             return
         half = len(data) // 2

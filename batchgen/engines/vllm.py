@@ -80,7 +80,9 @@ class VllmEngine:
         lengths: Path,
         seed: int = 0,
     ) -> None:
-        self.capacity = batch_size
+        self._batch_size = batch_size
+        # vLLM begins its next step before we have seen the last one's rows end: some must wait in its own queue.
+        self.capacity = batch_size + max(1, batch_size // 8)
         self._decode, self._end_token_ids = decode, end_token_ids
         self._lengths = lengths
         self._arguments = self._engine_arguments(target, draft, dtype, device, options, length)
@@ -112,7 +114,7 @@ class VllmEngine:
     def step(self) -> list[Completion]:
         """Wait for what vLLM's next step gives."""
         completed, self._refused = self._refused, []
-        self.running = len(self._rows)
+        self.running = min(len(self._rows), self._batch_size)
         if self._rows:
             try:
                 outputs = self._engine.step()
@@ -167,7 +169,7 @@ class VllmEngine:
     ) -> dict[str, Any]:
         speculative = vllm_process.speculative_config(options)
         arguments = vllm_process.arguments_of(
-            target, dtype=dtype, batch_size=self.capacity, device=device, options=options
+            target, dtype=dtype, batch_size=self._batch_size, device=device, options=options
         )
         scheduler = "Ours" if device == "cpu" else "OursAsync"
         arguments["scheduler_cls"] = f"batchgen.engines.vllm_scheduler.{scheduler}"
@@ -183,7 +185,7 @@ class VllmEngine:
         elif not _LENGTHS & speculative.keys():
             speculative["num_speculative_tokens"] = LONGEST
             # vLLM captures CUDA graphs for the lengths of its table; the scheduler's own takes its place.
-            speculative["num_speculative_tokens_per_batch_size"] = _every_length(self.capacity)
+            speculative["num_speculative_tokens_per_batch_size"] = _every_length(self._batch_size)
             arguments["additional_config"] = {"batchgen": {"lengths": str(self._lengths)}}
         return arguments
 
@@ -327,11 +329,11 @@ class VllmEngine:
             engine.engine_core.shutdown()
 
 
-def _every_length(capacity: int) -> list[list[int]]:
+def _every_length(batch_size: int) -> list[list[int]]:
     """A table that has each length from the longest down to none, as far as there are numbers of rows."""
-    lengths = range(LONGEST, -1, -1)[:capacity]
+    lengths = range(LONGEST, -1, -1)[:batch_size]
     table = [[rows, rows, length] for rows, length in enumerate(lengths, 1)]
-    table[-1][1] = capacity
+    table[-1][1] = batch_size
     return table
 
 

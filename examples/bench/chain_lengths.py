@@ -79,7 +79,7 @@ def main() -> None:
     options.add_argument("--warm-steps", type=int, default=300)
     options.add_argument("--dtype", default="float32")
     options.add_argument("--device", default="cpu")
-    options.add_argument("--memory", type=float, default=0.06, help="of the machine's, for each engine's KV cache")
+    options.add_argument("--memory", type=float, default=0.12, help="of the machine's, for each engine's KV cache")
     options.add_argument("--json", type=Path)
     args = options.parse_args()
 
