@@ -203,9 +203,8 @@ def submit(
 ) -> Outcome:
     """Run what is left of the job and reconcile. `mix` allows parts of another fingerprint beside this job's.
 
-    `retry_failed` does rows again that stand as errors in parts.
-
-    `started` is called once all is found and planned, `watch` after every engine step.
+    `retry_failed` does rows again that stand as errors in parts. `started` is called once all is found and planned,
+    `watch` after every engine step.
 
     Raises:
         LeaseHeldError, LeaseLostError: another run writes to the output folder, or took it over.
@@ -283,13 +282,7 @@ def progress(spec: Spec) -> Status:
     return status.status(job.sink, job.output, job.plan, job.sampling.n)
 
 
-def _run(
-    job: Job,
-    lease: Lease,
-    *,
-    draining: Callable[[], bool],
-    watch: Callable[[Tally], None],
-) -> Outcome:
+def _run(job: Job, lease: Lease, *, draining: Callable[[], bool], watch: Callable[[Tally], None]) -> Outcome:
     """Do what is to do, and reconcile."""
     spec, tally = job.spec, None
     journal.sweep(job.sink, job.output, {shard.key for shard in job.plan.shards} - {shard.key for shard in job.todo})

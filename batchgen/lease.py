@@ -23,7 +23,14 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from batchgen.errors import CorruptOutputError, DrainedError, LeaseHeldError, LeaseLostError, StoreError
+from batchgen.errors import (
+    BatchgenError,
+    CorruptOutputError,
+    DrainedError,
+    LeaseHeldError,
+    LeaseLostError,
+    StoreError,
+)
 from batchgen.store import STATE_FOLDER
 
 if TYPE_CHECKING:
@@ -113,7 +120,7 @@ class Lease:
         while not self._over.wait(self._record.ttl_s / BEATS_PER_TTL):
             try:
                 self._swap(self._record)
-            except (StoreError, LeaseLostError) as error:
+            except BatchgenError as error:
                 self._lost = str(error)
                 return
 
@@ -128,9 +135,9 @@ class Lease:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._over.set()
-        self._thread.join()
+        self._thread.join(self._record.ttl_s)
         # One that storage failed, or that others hold by now, is not ours to give back.
-        if not self._lost and not isinstance(error, StoreError):
+        if not (self._lost or isinstance(error, StoreError) or self._thread.is_alive()):
             with contextlib.suppress(LeaseLostError):
                 self._swap(dataclasses.replace(self._record, released=True))
 

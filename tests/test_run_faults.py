@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from faultproxy import FaultProxy
 
-ROWS = 6
+ROWS = 3
 
 
 class Zygote:
@@ -63,7 +63,7 @@ def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
         process.stdin.close()
 
 
-def job_file(folder: Path, output: str, rows: int = ROWS, rows_per_part: int = 3, **more: Any) -> Path:
+def job_file(folder: Path, output: str, rows: int = ROWS, rows_per_part: int = 2, **more: Any) -> Path:
     """Shards of `rows_per_part` rows each; a segment for every row. `more` goes into output.storage_options."""
     turns = [[{"role": "user", "content": f"Say {i}."}] for i in range(rows)]
     source = folder / f"prompts-{rows}.parquet"

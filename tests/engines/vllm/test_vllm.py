@@ -25,27 +25,32 @@ if TYPE_CHECKING:
 
 GREEDY = Sampling(max_tokens=24)
 HOT = Sampling(max_tokens=24, temperature=0.8, n=2, seed=3)
-COUNTERS = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
+COUNTERS = ("spec_decode_num_drafts", "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens")
 
 
 def counters(engine) -> list[int]:
+    """vLLM's own, of drafts, drafted and accepted tokens, and of preemptions."""
     metrics = {m.name: m for m in engine._engine.get_metrics()}
-    return [int(metrics[f"vllm:spec_decode_{name}"].value) for name in COUNTERS]
+    return [int(metrics[f"vllm:{name}"].value) for name in (*COUNTERS, "num_preemptions")]
 
 
 def test_each_rows_counts_sum_to_vllms_own(vllm, demo):
-    """Greedy and sampled, two samples a row, stop tokens, stop strings, chunked prompts, changing draft lengths.
+    """Greedy and sampled, two samples a row, stop tokens and strings, chunked prompts, preemption, changing lengths.
 
     Sampled rows count right on a CPU, though a job that asks for them is refused.
     """
     stops = Sampling(max_tokens=40, stop=(".", "the"), stop_token_ids=(28,))
     before = counters(vllm)
-    done = run(vllm, demo.prompts(16), GREEDY, HOT, stops).values()
+    done = [*run(vllm, demo.prompts(16), GREEDY, HOT, stops).values()]
+    longest = sorted(demo.prompts(80, "eagle_humaneval"), key=len)[-8:]
+    done += run(vllm, longest, Sampling(max_tokens=256)).values()
     after = counters(vllm)
     rows = [c.acceptance for c in done]
     sums = [sum(getattr(row, name) for row in rows) for name in ("draft_steps", "draft_tokens", "accepted_tokens")]
-    assert sums == [b - a for a, b in zip(before, after, strict=True)]
+    *counted, num_preempted = (b - a for a, b in zip(before, after, strict=True))
+    assert sums == counted
     assert sums[2] > 50
+    assert num_preempted > 0
     for c in done:
         assert c.acceptance.target_steps >= c.acceptance.draft_steps
         assert len(c.token_ids) <= 1 + c.acceptance.target_steps + c.acceptance.accepted_tokens
