@@ -24,7 +24,7 @@ import time
 import urllib.parse
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
@@ -90,6 +90,16 @@ class Memory(MemoryFileSystem):  # type: ignore[misc]  # fsspec is untyped
             super().pipe_file(path, value, mode=mode)
 
 
+def _lock(file: BinaryIO) -> None:
+    """Lock `file`; who holds it may have been stopped, so that is not waited for without end."""
+    for _ in range(100):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(0.01)
+    raise OSError(errno.EBUSY, "locked by another process", file.name)
+
+
 class Disk(LocalFileSystem):  # type: ignore[misc]  # fsspec is untyped
     """The local disk, with whole-object writes that survive a power cut and are hidden while they are unfinished."""
 
@@ -103,7 +113,7 @@ class Disk(LocalFileSystem):  # type: ignore[misc]  # fsspec is untyped
             return
         # A file of its own, never removed, because the object's is another one after each write; NFS locks it, too.
         with target.with_name(f"{_TEMPORARY}{target.name}.lock").open("ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            _lock(lock)
             if target.read_bytes() != old:
                 raise FileExistsError(path)
             self._store(target, value, mode)
@@ -137,9 +147,12 @@ class Disk(LocalFileSystem):  # type: ignore[misc]  # fsspec is untyped
     @staticmethod
     def unfinished(folder: str, *, older_s: float) -> list[str]:
         """Files below `folder` that a writer began so long ago and never finished."""
-        before = time.time() - older_s
-        found = (file for file in Path(folder).rglob(f"{_TEMPORARY}*") if file.suffix != ".lock")
-        return sorted(str(file) for file in found if file.stat().st_mtime < before)
+        found = []
+        for file in Path(folder).rglob(f"{_TEMPORARY}*"):
+            with contextlib.suppress(FileNotFoundError):  # finished just now
+                if file.suffix != ".lock" and file.stat().st_mtime < time.time() - older_s:
+                    found.append(str(file))
+        return sorted(found)
 
     def info(self, path: Any, **kwargs: Any) -> dict[str, Any]:
         """What fsspec says, and a `version`; a link to a file is a file."""

@@ -265,13 +265,14 @@ def collect(spec: Spec, *, remove: bool = True) -> list[str]:
     """
     job = prepare(spec, weights=False)
     with Lease.take(job.sink, job.output, ttl_s=spec.checkpoint.lease_seconds) as lease:
-        todo = {shard.key for shard in job.todo}
-        found = journal.strays(job.sink, job.output, job.plan.fingerprint, todo)
+        versions = {file.url: file.version for file in job.plan.files}
+        done = {shard.key for shard in job.plan.shards} - {shard.key for shard in job.todo}
+        found = journal.strays(job.sink, job.output, versions, done)
         unfinished = job.sink.unfinished(job.output)
         if remove:
             lease.check()
             for folder in found:
-                job.sink.remove(folder)
+                journal.remove(job.sink, folder)
             job.sink.delete(unfinished)
     return found + unfinished
 

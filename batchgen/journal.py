@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchgen.errors import CorruptOutputError, LeaseLostError, OutputConflictError, StoreError
+from batchgen.errors import CorruptOutputError, OutputConflictError, StoreError
 from batchgen.store import STATE_FOLDER
 
 if TYPE_CHECKING:
@@ -82,7 +82,6 @@ class Journal:
         When a part is to be replaced, `again` are its commit and the rows of it that stay.
 
         Raises:
-            LeaseLostError: a claim of a later epoch is there.
             CorruptOutputError: a claim or an accepted segment is missing or does not read back as written.
             OutputConflictError: an accepted segment has other columns than `schema`.
         """
@@ -93,10 +92,8 @@ class Journal:
                 before = _latest(store, files)
             except FileNotFoundError:
                 continue  # removed since it was listed
-            claim = _Claim.after(before, files, epoch, shard.fingerprint)
-            if before and before.epoch > epoch:
-                raise LeaseLostError(f"{folder}/{before.name}: claimed by a later run; this one writes no more")
-            if not store.create(f"{folder}/{claim.name}", claim.to_json(worker)):
+            claim = _Claim.after(before, files, shard)
+            if not store.create(f"{folder}/{claim.name}", claim.to_json(worker, epoch)):
                 continue  # another worker took the number; its claim is the one to follow now
             try:
                 accepted = _load(store, folder, claim.accepted, files, schema)
@@ -147,10 +144,7 @@ class Journal:
 
     def remove(self) -> None:
         """Remove the shard's whole journal; only for a shard whose part exists."""
-        # Claims first: who reads the rest while it goes can tell a removed journal from a damaged one.
-        names = _by_name(self._store.find(self._folder))
-        self._store.delete([entry.url for name, entry in names.items() if _CLAIM.fullmatch(name)])
-        self._store.remove(self._folder)
+        remove(self._store, self._folder)
 
 
 def pending(store: Store, output_url: str) -> dict[str, int]:
@@ -180,18 +174,29 @@ def sweep(store: Store, output_url: str, keys: set[str]) -> None:
     """Remove the journals of the shards `keys`: their parts stand, a run died before it cleared up."""
     for name in {url.split("/")[-2] for url in store.find(_folder(output_url))}:
         if name[:16] in keys:
-            store.remove(_folder(output_url, name))
+            remove(store, _folder(output_url, name))
 
 
-def strays(store: Store, output_url: str, fingerprint: str, keys: set[str]) -> list[str]:
-    """The journals of this fingerprint's other shards than `keys`, by URL: their input changed, or is input no more."""
+def strays(store: Store, output_url: str, versions: Mapping[str, str], done: set[str]) -> list[str]:
+    """The journals, by URL, of the shards `done`, and of those whose file has another version among `versions` now."""
     folders: dict[str, dict[str, Entry]] = {}
     for url, entry in store.find(_folder(output_url)).items():
         folder, _, name = url.rpartition("/")
-        if folder.rpartition("/")[2][:16] not in keys:
-            folders.setdefault(folder, {})[name] = entry
-    latest = {folder: _latest(store, files) for folder, files in folders.items()}
-    return [folder for folder, claim in latest.items() if claim is None or claim.fingerprint == fingerprint]
+        folders.setdefault(folder, {})[name] = entry
+    found = []
+    for folder, files in folders.items():
+        claim = _latest(store, files)
+        changed = claim is not None and versions.get(claim.file, claim.version) != claim.version
+        if changed or folder.rpartition("/")[2] in done:
+            found.append(folder)
+    return found
+
+
+def remove(store: Store, folder: str) -> None:
+    """Remove a whole journal by its URL."""
+    # Claims first: who reads the rest while it goes can tell a removed journal from a damaged one.
+    store.delete([url for url in store.find(folder) if _CLAIM.fullmatch(url.rpartition("/")[2])])
+    store.remove(folder)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -201,8 +206,8 @@ class _Claim:
     number: int
     nonce: str
     accepted: tuple[str, ...]
-    epoch: int
-    fingerprint: str
+    file: str
+    version: str
 
     @property
     def name(self) -> str:
@@ -214,15 +219,16 @@ class _Claim:
         return f"seg-{self.number:04d}-{self.nonce}-"
 
     @staticmethod
-    def after(before: _Claim | None, files: Mapping[str, Entry], epoch: int = 0, fingerprint: str = "") -> _Claim:
+    def after(before: _Claim | None, files: Mapping[str, Entry], shard: Shard | None = None) -> _Claim:
         """The next claim, with everything that `before` accepted and wrote."""
         written = sorted(name for name in files if before and name.startswith(before.segments))
         accepted = (*before.accepted, *written) if before else ()
-        return _Claim(before.number + 1 if before else 1, uuid.uuid4().hex[:12], accepted, epoch, fingerprint)
+        origin = (shard.file, shard.version) if shard else ("", "")
+        return _Claim(before.number + 1 if before else 1, uuid.uuid4().hex[:12], accepted, *origin)
 
-    def to_json(self, worker: str) -> bytes:
-        facts = {"n": self.number, "worker": worker, "epoch": self.epoch, "nonce": self.nonce}
-        facts |= {"fingerprint": self.fingerprint}
+    def to_json(self, worker: str, epoch: int) -> bytes:
+        facts = {"n": self.number, "worker": worker, "epoch": epoch, "nonce": self.nonce}
+        facts |= {"file": self.file, "version": self.version}
         return json.dumps(facts | {"accepted": self.accepted}, indent=1).encode()
 
 
@@ -242,7 +248,7 @@ def _latest(store: Store, files: Mapping[str, Entry]) -> _Claim | None:
     url = files[numbers[max(numbers)]].url
     try:
         claim = json.loads(store.read(url))
-        return _Claim(claim["n"], claim["nonce"], tuple(claim["accepted"]), claim["epoch"], claim["fingerprint"])
+        return _Claim(claim["n"], claim["nonce"], tuple(claim["accepted"]), claim["file"], claim["version"])
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptOutputError(f"{url}: not a claim as batchgen writes it ({error}); remove its folder") from error
 

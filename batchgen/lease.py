@@ -10,7 +10,6 @@ meets create-only parts. Tried with kill -9 and SIGSTOP on GCS, S3 and disk.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime as dt
 import json
@@ -70,8 +69,11 @@ class Lease:
     """The right to write to one output folder, from `take` to the end of the `with` block; beats on its own thread."""
 
     def __init__(self, store: Store, url: str, record: _Record, data: bytes) -> None:
-        self._store, self._url, self._record, self._data = store, url, record, data
-        self._lost = ""
+        # A beat has to be over before the next: what one could not do, the next one tries again.
+        self._store = dataclasses.replace(store, budget_s=record.ttl_s / BEATS_PER_TTL)
+        self._patience_s = store.budget_s
+        self._url, self._record, self._data = url, record, data
+        self._error: Exception | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat_on, name="lease", daemon=True)
         self._thread.start()
@@ -111,21 +113,29 @@ class Lease:
         """Nothing, while the lease is held as far as this process knows.
 
         Raises:
-            LeaseLostError: another run took over, or the store could not be told that this one lives.
+            LeaseLostError: another run took over.
+            StoreError: the store could not be told for minutes that this run lives.
         """
-        if self._lost:
-            raise LeaseLostError(self._lost)
+        if self._error is not None:
+            raise self._error
 
     def _beat_on(self) -> None:
+        told, data = time.monotonic(), self._record.to_json()
         while not self._over.wait(self._record.ttl_s / BEATS_PER_TTL):
             try:
-                self._swap(self._record)
-            except BatchgenError as error:
-                self._lost = str(error)
+                # With the same bytes until they are there: a beat that arrived and was not answered is known again.
+                self._swap(data)
+            except StoreError as error:
+                if time.monotonic() - told > self._patience_s:
+                    self._error = error
+                    return
+            except Exception as error:  # noqa: BLE001  # `check` raises it
+                self._error = error
                 return
+            else:
+                told, data = time.monotonic(), self._record.to_json()
 
-    def _swap(self, record: _Record) -> None:
-        data = record.to_json()
+    def _swap(self, data: bytes) -> None:
         if not self._store.swap(self._url, self._data, data):
             raise LeaseLostError(_taken(self._store, self._url))
         self._data = data
@@ -137,9 +147,12 @@ class Lease:
         self._over.set()
         self._thread.join(self._record.ttl_s)
         # One that storage failed, or that others hold by now, is not ours to give back.
-        if not (self._lost or isinstance(error, StoreError) or self._thread.is_alive()):
-            with contextlib.suppress(LeaseLostError):
-                self._swap(dataclasses.replace(self._record, released=True))
+        if self._error or isinstance(error, StoreError) or self._thread.is_alive():
+            return
+        try:
+            self._swap(dataclasses.replace(self._record, released=True).to_json())
+        except BatchgenError as failed:
+            log.warning("the lease could not be given back; the next run may have to wait: %s", failed)
 
 
 def verify(store: Store, output_url: str, epoch: int) -> None:
@@ -171,16 +184,19 @@ def _read(store: Store, url: str) -> tuple[bytes, _Record | None]:
 
 def _watch(store: Store, url: str, old: bytes, before: _Record, draining: Callable[[], bool]) -> None:
     """Return once the record stood still for its time, or was released."""
-    end = time.monotonic() + before.ttl_s
-    while (left := end - time.monotonic()) > 0:
+    seen = time.monotonic()
+    while (left := seen + before.ttl_s - time.monotonic()) > 0:
         if draining():
             raise DrainedError(f"drained while waiting for {before.who} to show whether it lives; nothing was begun")
         time.sleep(min(_POLL_S, left))
+        asked = time.monotonic()
         now, record = _read(store, url)
         if record is None or record.released:
             return
         if now != old:
             raise LeaseHeldError(f"{url}: held by {record.who}; run the same command again when that one has ended")
+        if time.monotonic() - asked > before.ttl_s / BEATS_PER_TTL:
+            seen = time.monotonic()  # storage is slow for the holder, too
 
 
 def _taken(store: Store, url: str) -> str:
@@ -195,7 +211,7 @@ def _process(pid: int) -> str:
         # Behind the command in parentheses: the state, and as the 22nd field when it started, in ticks since boot.
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         dead = state in {"Z", "X"}  # killed, and its parent did not ask for it yet
-        return "" if dead else f"{boot} {Path('/proc/self/ns/pid').readlink()} {pid} {fields[18]}"
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()} {pid} {'dead' if dead else fields[18]}"
     except OSError:
         return ""
 
@@ -205,4 +221,11 @@ def _gone(record: _Record) -> bool:
     *here, pid, _ = record.process.split() or ["", ""]
     if not here or here != _process(os.getpid()).split()[:2]:
         return False
-    return _process(int(pid)) != record.process
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # another user's, which may have this number after it
+        pass
+    found = _process(int(pid))  # empty where /proc hides other users' processes
+    return found not in {"", record.process}

@@ -125,8 +125,9 @@ class Store:
         with contextlib.suppress(FileNotFoundError):
             entry = self.info(url)
             # Read after the version: if these are `old` and the version still holds when writing, it had these bytes.
-            if self.read(url) != old:
-                return False
+            now = self.read(url)
+            if now != old:
+                return now == new
             try:
                 self._write("swap", url, new, mode="overwrite", **self._if_still(entry, old))
             except FileExistsError:
@@ -198,7 +199,8 @@ class Store:
         """What killed writers left below `folder`, an hour old or more: files on disk, elsewhere nothing is left."""
         if not isinstance(self.fs, filesystems.Disk):
             return []
-        return self.fs.unfinished(self._path(folder), older_s=3600)
+        found = self.fs.unfinished(self._path(folder), older_s=3600)
+        return [f"{self.scheme}://{path}" if self.scheme else path for path in found]
 
     @contextlib.contextmanager
     def open(self, url: str, *, version: str | None = None) -> Iterator[BinaryIO]:

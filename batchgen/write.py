@@ -60,8 +60,7 @@ def commit(store: Store, output_url: str, shard: Shard, table: pa.Table, *, meta
     url = f"{output_url.rstrip('/')}/{_agreed_name(store, output_url, shard)}"
     if not store.create(url, data):
         return False
-    # Twice, because the way back may be what is broken: GCS' answers carry no checksum that gcsfs looks at.
-    if all(_read(store, url) != data for _ in range(2)):
+    if _damaged(store, url, data) is not None:
         store.delete([url])
         raise CorruptOutputError(f"{url}: does not read back as written, and was removed; submit again")
     return True
@@ -102,8 +101,9 @@ def replace(store: Store, part: Part, shard: Shard, table: pa.Table, *, metadata
     data = _encode(table, {**metadata, "shard": shard.key, "commit": uuid.uuid4().hex})
     if not store.swap(part.url, part.data, data):
         return False
-    if all(_read(store, part.url) != data for _ in range(2)):
-        store.put(part.url, part.data)
+    damaged = _damaged(store, part.url, data)
+    if damaged is not None:
+        store.swap(part.url, damaged, part.data)
         raise CorruptOutputError(f"{part.url}: does not read back as written; the part before stands again")
     return True
 
@@ -143,8 +143,24 @@ def _keys(table: pa.Table) -> list[tuple[str, int]]:
     return list(zip(table["row_id"].to_pylist(), table["sample"].to_pylist(), strict=True))
 
 
-def _read(store: Store, url: str) -> bytes | None:
+def _damaged(store: Store, url: str, data: bytes) -> bytes | None:
+    """What stands where `data` was written, None if that is `data`, or the part of a run that has replaced it since."""
+    found = b""
+    # Twice, because the way back may be what is broken: GCS' answers carry no checksum that gcsfs looks at.
+    for _ in range(2):
+        try:
+            found = store.read(url)
+        except FileNotFoundError:
+            found = b""
+        if found == data or _commit(found) not in {None, _commit(data)}:
+            return None
+    return found
+
+
+def _commit(data: bytes) -> bytes | None:
+    """The nonce of the commit that wrote a part, None where these bytes are none."""
     try:
-        return store.read(url)
-    except FileNotFoundError:
+        commit: bytes | None = (pq.read_metadata(pa.BufferReader(data)).metadata or {}).get(b"batchgen.commit")
+    except (pa.ArrowException, OSError, ValueError):
         return None
+    return commit

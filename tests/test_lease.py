@@ -166,6 +166,22 @@ def test_who_lost_only_the_answer_still_holds_it(gcs_folder: Anywhere, faults: F
     assert json.loads(store.read(f"{folder}/__batchgen/lease.json"))["released"]
 
 
+def test_a_store_that_fails_for_a_while_costs_no_lease(gcs_folder: Anywhere, faults: FaultProxy) -> None:
+    """Longer than the lease lasts, for the holder and for one who waits for it."""
+    folder, _ = gcs_folder
+    store = connect(folder, {"endpoint_url": faults.url})
+    with Lease.take(store, folder, ttl_s=TTL_S) as lease, ThreadPoolExecutor(1) as thread:
+        faults.faults = [Fault("", "status", times=10_000)]
+        other = thread.submit(Lease.take, connect(folder, {"endpoint_url": faults.url}), folder, ttl_s=TTL_S)
+        time.sleep(2 * TTL_S)
+        lease.check()
+        faults.faults = []
+        with pytest.raises(LeaseHeldError):
+            other.result(60)
+        lease.check()
+        verify(store, folder, 1)
+
+
 def test_what_is_no_lease_is_named(tmp_path) -> None:
     store, folder = connect(str(tmp_path)), str(tmp_path)
     store.put(f"{folder}/__batchgen/lease.json", b"{}")

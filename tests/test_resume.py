@@ -269,6 +269,8 @@ def test_gc_removes_what_no_submit_will_use(tmp_path):
     process.kill()
     process.communicate()
     assert batchgen("gc", job).stdout == "nothing to remove\n", "the next submit will use its journal"
+    recut = batchgen("gc", job, "--set", "checkpoint.rows_per_part=7")
+    assert recut.stdout == "nothing to remove\n", "the right number would use it"
     source = tmp_path / "prompts.parquet"
     pl.read_parquet(source).with_columns(extra=1).write_parquet(source)
     old = tmp_path / "out/.tmp-0123"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import io
 import os
 import subprocess
@@ -105,6 +106,31 @@ def test_of_many_swaps_one_wins(anywhere: Anywhere) -> None:
 
     with ThreadPoolExecutor(8) as threads:
         assert sorted(turn for won in threads.map(swap, range(8)) for turn in won) == [0, 1, 2, 3, 4]
+
+
+def test_a_swap_does_not_wait_without_end_for_one_that_stopped_midway(tmp_path: Path) -> None:
+    store, url = connect(str(tmp_path)), f"{tmp_path}/x"
+    store.put(url, b"1")
+    store.budget_s = 1.5
+    with (tmp_path / ".tmp-x.lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(StoreError, match=r"swap .*/x: OSError: .*locked by another process.*gave up after"):
+            store.swap(url, b"1", b"2")
+    assert store.swap(url, b"1", b"2")
+
+
+def test_what_killed_writers_left_is_found(tmp_path: Path) -> None:
+    old = tmp_path / "a" / ".tmp-1"
+    old.parent.mkdir()
+    for file in (old, tmp_path / ".tmp-2", tmp_path / ".tmp-x.lock", tmp_path / "x"):
+        file.write_bytes(b"")
+    for file in (old, tmp_path / ".tmp-x.lock", tmp_path / "x"):
+        os.utime(file, (0, 0))
+    for prefix in ("", "file://"):
+        store = connect(f"{prefix}{tmp_path}")
+        assert store.unfinished(f"{prefix}{tmp_path}") == [f"{prefix}{old}"]
+    store.delete(store.unfinished(f"file://{tmp_path}"))
+    assert not old.exists()
 
 
 @pytest.mark.parametrize("size", [10, 300_000])

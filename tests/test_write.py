@@ -181,6 +181,22 @@ def test_a_part_that_reads_back_otherwise_is_removed_and_named(anywhere: Anywher
     assert write.commit(store, folder, SHARD, table(), metadata={})
 
 
+def test_a_part_that_was_replaced_before_it_was_read_back_is_left_alone(anywhere: Anywhere) -> None:
+    """A run that slept between its PUT and reading back wakes when another has done the part's failed rows again."""
+    store, folder = connect(*anywhere), anywhere[0]
+    write.commit(store, folder, SHARD, table(worker="later"), metadata={})
+    [url] = write.parts(store, folder).values()
+    later = store.read(url)
+    store.delete([url])
+    late = Interrupted(store, "read", lambda url: store.put(url, later))
+    assert write.commit(late, folder, SHARD, table(), metadata={})  # type: ignore[arg-type]
+    assert store.read(url) == later
+    part = write.load(store, url, table().schema)
+    late = Interrupted(store, "read", lambda url: store.put(url, later))
+    assert write.replace(late, part, SHARD, table(), metadata={})  # type: ignore[arg-type]
+    assert store.read(url) == later
+
+
 def test_a_damaged_name_is_named(tmp_path: Path) -> None:
     store, note = connect(str(tmp_path)), f"{tmp_path}/{STATE_FOLDER}/names/{SHARD.key}"
     store.put(note, b"\xffpart-")
