@@ -43,7 +43,7 @@ def prompts(rows: int) -> bytes:
 def command(*arguments: str) -> tuple[float, float, str]:
     """Seconds, the largest resident MB of any command so far, and the output."""
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", "batchgen", *arguments], check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "batchgen", *arguments], check=True, stdout=subprocess.PIPE, text=True)
     seconds = time.perf_counter() - began
     return seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024, done.stdout
 
@@ -71,10 +71,10 @@ def main() -> None:
             sections = {
                 "version": 1,
                 "name": "plan",
-                "input": {"path": f"gs://{BUCKET}/in/", "messages": "messages", "storage_options": storage},
+                "input": {"path": f"gs://{BUCKET}/in/", "messages": "messages", "storage_options": dict(storage)},
                 "model": {"target": "demo:smollm2-135m"},
                 "engine": {"kind": "rehearsal"},
-                "output": {"path": f"gs://{BUCKET}/out", "storage_options": storage},
+                "output": {"path": f"gs://{BUCKET}/out", "storage_options": dict(storage)},
             }
             job.write_text(yaml.safe_dump(sections))
             seconds, peak_mb, out = command("plan", str(job), "--json")
