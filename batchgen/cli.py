@@ -175,8 +175,8 @@ def features(
 def gc(spec: str, overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
     """Remove what dead runs left and no submit will use.
 
-    Journals of shards that have their part, or whose input was changed or removed since, and on disk unfinished files
-    that are an hour old. Parts are never touched.
+    Journals of shards that have their part, or whose input file was changed since, and on disk unfinished files that
+    are an hour old. Parts are never touched.
     """
     loaded = _load(spec, overrides)
     from batchgen import job, terminal

@@ -109,6 +109,25 @@ class Job:
             facts["commit"] = checkout
         return facts | {f"version_{name}": version for name, version in provenance.versions().items()}
 
+    def task(self, epoch: int) -> Task:
+        """What workers need to know of the job, under the lease of this epoch."""
+        checkpoint, speculation = self.spec.checkpoint, self.spec.speculation
+        return Task(
+            source=self.source,
+            sink=self.sink,
+            output=self.output,
+            schema=self.schema,
+            columns=self.columns,
+            sampling=self.sampling,
+            journal_rows=checkpoint.journal_rows,
+            journal_seconds=checkpoint.journal_seconds,
+            metadata=self.facts,
+            epoch=epoch,
+            again=self.again,
+            min_acceptance=speculation.min_acceptance,
+            below_min=speculation.below_min,
+        )
+
     @functools.cached_property
     def todo(self) -> list[Shard]:
         """Shards without a part, or with one whose failed rows are to be done again, in input order."""
@@ -288,28 +307,13 @@ def _run(job: Job, lease: Lease, *, draining: Callable[[], bool], watch: Callabl
     spec, tally = job.spec, None
     journal.sweep(job.sink, job.output, {shard.key for shard in job.plan.shards} - {shard.key for shard in job.todo})
     if job.todo:
-        task = Task(
-            source=job.source,
-            sink=job.sink,
-            output=job.output,
-            schema=job.schema,
-            columns=job.columns,
-            sampling=job.sampling,
-            journal_rows=spec.checkpoint.journal_rows,
-            journal_seconds=spec.checkpoint.journal_seconds,
-            metadata=job.facts,
-            epoch=lease.epoch,
-            again=job.again,
-            min_acceptance=spec.speculation.min_acceptance,
-            below_min=spec.speculation.below_min,
-        )
         engine = engines.build(spec, job.target, job.draft, job.renderer.decode, _costs_folder())
 
         def watched(tally: Tally) -> None:
             lease.check()
             watch(tally)
 
-        tally = cluster.run(task, job.todo, engine, job.renderer, draining=draining, watch=watched)
+        tally = cluster.run(job.task(lease.epoch), job.todo, engine, job.renderer, draining=draining, watch=watched)
         _remember_cost(job, tally)
     lease.check()
     summary = report.summarise(job.sink, job.output, job.plan, job.sampling.n)

@@ -8,7 +8,6 @@ import sys
 from batchgen import cluster, job, record, spec
 from batchgen.engines.rehearsal import RehearsalEngine, Script
 from batchgen.lease import Lease
-from batchgen.worker import Task
 
 
 class Logged(RehearsalEngine):
@@ -22,17 +21,6 @@ log = os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 loaded = spec.load(sys.argv[1])
 found = job.prepare(loaded)
 with Lease.take(found.sink, found.output, ttl_s=loaded.checkpoint.lease_seconds) as lease:
-    task = Task(
-        source=found.source,
-        sink=found.sink,
-        output=found.output,
-        schema=record.output_schema(found.kept),
-        columns=found.columns,
-        sampling=found.sampling,
-        journal_rows=loaded.checkpoint.journal_rows,
-        journal_seconds=loaded.checkpoint.journal_seconds,
-        metadata={},
-        epoch=lease.epoch,
-    )
     engine = Logged(batch_size=loaded.batch_size, script=Script.of(loaded.engine.options))
+    task = found.task(lease.epoch)
     cluster.run(task, found.todo, engine, found.renderer, draining=lambda: False, watch=lambda tally: None)

@@ -22,10 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from results import write
 
-from batchgen import engines, job, record, report, spec
+from batchgen import engines, job, report, spec
 from batchgen.lease import Lease
 from batchgen.record import Request, Sampling
-from batchgen.worker import Task, Worker
+from batchgen.worker import Worker
 
 if TYPE_CHECKING:
     from batchgen.job import Job
@@ -73,19 +73,7 @@ def whole_job(prepared: Job, engine: Any, out: str) -> float:
     began = time.perf_counter()
     made = dataclasses.replace(prepared, spec=prepared.spec.model_copy(update={"output": spec.OutputSpec(path=out)}))
     with Lease.take(made.sink, made.output, ttl_s=made.spec.checkpoint.lease_seconds) as lease:
-        task = Task(
-            source=made.source,
-            sink=made.sink,
-            output=made.output,
-            schema=record.output_schema(made.kept),
-            columns=made.columns,
-            sampling=made.sampling,
-            journal_rows=made.spec.checkpoint.journal_rows,
-            journal_seconds=made.spec.checkpoint.journal_seconds,
-            metadata=made.facts,
-            epoch=lease.epoch,
-        )
-        tally = Worker(task, engine, made.renderer).run(made.todo)
+        tally = Worker(made.task(lease.epoch), engine, made.renderer).run(made.todo)
     summary = report.summarise(made.sink, made.output, made.plan, 1)
     assert not summary.problems, summary.problems
     return tally.completion_tokens / (time.perf_counter() - began)
