@@ -96,15 +96,16 @@ def replace(store: Store, part: Part, shard: Shard, table: pa.Table, *, metadata
     """Make `table` the shard's part in place of `part`; False when another run replaced or removed that meanwhile.
 
     Raises:
-        CorruptOutputError: the new part does not read back as sent; the old one stands again.
+        CorruptOutputError: the new part does not read back as sent; the old one stands again where that is certain.
     """
     data = _encode(table, {**metadata, "shard": shard.key, "commit": uuid.uuid4().hex})
     if not store.swap(part.url, part.data, data):
         return False
     damaged = _damaged(store, part.url, data)
     if damaged is not None:
-        store.swap(part.url, damaged, part.data)
-        raise CorruptOutputError(f"{part.url}: does not read back as written; the part before stands again")
+        back = store.swap(part.url, damaged, part.data)  # not where only the way back is broken
+        what = "the part before stands again" if back else "what stands there is not known"
+        raise CorruptOutputError(f"{part.url}: does not read back as written; {what}; submit again")
     return True
 
 
