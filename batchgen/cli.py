@@ -56,7 +56,7 @@ def main() -> None:
 
     \b
     Exit codes: 0 done; 1 too many error rows, or rows are missing; 2 bad job file, input or model;
-    73 the output holds another job's rows; 75 drained, or another run holds the output: run the same command again.
+    73 the output holds another job's rows; 75 drained, Ray gone, or another run holds the output: run it again.
     """  # noqa: D301  # click reads the backspace itself
 
 

@@ -8,9 +8,11 @@
   - StoreError                 (exit 1)   object storage kept failing
   - CorruptOutputError         (exit 1)   a part or segment does not read back as written
   - AcceptanceError            (exit 1)   the draft head accepts less than the job file demands
+  - TooManyErrorsError         (exit 1)   rows do nothing but fail
   - ReconciliationError        (exit 1)   the output does not hold every input row exactly once
   - OutputConflictError        (exit 73)  the output folder holds another job's rows
   - DrainedError               (exit 75)  stopped on request; run the same command again to go on
+  - ClusterError               (exit 75)  Ray is gone, or has no place for a worker
   - LeaseHeldError             (exit 75)  another run writes to this output; run again when it has ended
   - LeaseLostError             (exit 75)  another run took this one's output over
 
@@ -63,6 +65,10 @@ class AcceptanceError(BatchgenError):
     """Acceptance stayed below `speculation.min_acceptance`, and the job file says to fail."""
 
 
+class TooManyErrorsError(BatchgenError):
+    """Most rows so far failed, and the job file does not allow for that."""
+
+
 class ReconciliationError(BatchgenError):
     """The output does not hold every input row exactly once per sample."""
 
@@ -75,6 +81,12 @@ class OutputConflictError(BatchgenError):
 
 class DrainedError(BatchgenError):
     """Stopped on request (SIGINT, SIGTERM) with everything finished so far journalled."""
+
+    exit_code = 75
+
+
+class ClusterError(BatchgenError):
+    """Ray is gone, or has no place for a worker; what is finished is journalled."""
 
     exit_code = 75
 

@@ -3,7 +3,8 @@
 fsspec's local disk checks and then opens, and shows a file while it is written; ours writes aside and links. fsspec's
 memory checks and then opens; ours does so under a lock. gcsfs' upload is atomic, but cuts data without an error: its
 multipart boundary is always "==0==", and data that holds this boundary on a line of its own ends there (gcsfs
-2026.10.1, seen with fake-gcs-server); ours is random. S3 is s3fs as it is. What exceptions mean is said here too.
+2026.10.1, seen with fake-gcs-server); ours is random. adlfs replaces without a condition, ours also one version. S3 is
+s3fs as it is. What exceptions mean is said here too.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import stat
 import threading
 import time
@@ -26,6 +28,7 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from fsspec.asyn import sync_wrapper
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
@@ -36,6 +39,9 @@ _TEMPORARY = ".tmp-"
 # By name, so that no storage library is imported only to say what its exceptions mean.
 _TRANSIENT = {
     "aiohttp.client_exceptions.ClientError",
+    "azure.core.exceptions.IncompleteReadError",
+    "azure.core.exceptions.ServiceRequestError",
+    "azure.core.exceptions.ServiceResponseError",
     "botocore.exceptions.HTTPClientError",
     "fsspec.exceptions.FSTimeoutError",
     "google.auth.exceptions.RefreshError",
@@ -70,8 +76,9 @@ def cause(error: BaseException | None) -> str:
 
 
 def _status(error: BaseException | None) -> int | None:
-    """The HTTP status behind an exception of gcsfs or huggingface_hub."""
-    code = getattr(error, "code", None) or getattr(getattr(error, "response", None), "status_code", None)
+    """The HTTP status behind an exception of gcsfs, adlfs or huggingface_hub."""
+    code = getattr(error, "code", None) or getattr(error, "status_code", None)
+    code = code or getattr(getattr(error, "response", None), "status_code", None)
     return int(code) if isinstance(code, int) or (isinstance(code, str) and code.isdecimal()) else None
 
 
@@ -242,3 +249,42 @@ def gcs() -> tuple[type[Any], tuple[type[Exception], ...]]:
             )
 
     return Gcs, (gcsfs.retry.HttpError, google.auth.exceptions.GoogleAuthError)
+
+
+@functools.cache
+def azure() -> tuple[type[Any], tuple[type[Exception], ...]]:
+    """The file system of adlfs, which also replaces one version only, and what it raises beside OSError and ValueError.
+
+    The account and its key are options of adlfs, or its environment's.
+    """
+    import adlfs
+    from azure.core import MatchConditions
+    from azure.core.exceptions import AzureError, ResourceModifiedError
+
+    class Azure(adlfs.AzureBlobFileSystem):  # type: ignore[misc]  # adlfs is untyped
+        @classmethod
+        def _strip_protocol(cls, path: Any) -> Any:
+            # adlfs' own takes what follows ? or # in a name for parts of a URL.
+            if isinstance(path, list):
+                return [cls._strip_protocol(each) for each in path]
+            return re.sub("^(az|abfss?)://", "", path).lstrip("/")
+
+        async def _pipe_file(
+            self, path: str, value: bytes, mode: str = "overwrite", version: str = "", **kwargs: Any
+        ) -> None:
+            still = {"etag": f'"{version}"', "match_condition": MatchConditions.IfNotModified} if version else {}
+            try:
+                await super()._pipe_file(path, value, mode=mode, **still)
+            except ResourceModifiedError as error:
+                raise FileExistsError(path) from error
+
+        pipe_file = sync_wrapper(_pipe_file)
+
+        async def _find(self, path: str, *arguments: Any, **kwargs: Any) -> Any:
+            found = await super()._find(path, *arguments, **kwargs)
+            # Of an object, or of nothing, adlfs gives a list even where details are asked for.
+            return {} if kwargs.get("detail") and not isinstance(found, dict) else found
+
+        find = sync_wrapper(_find)
+
+    return Azure, (AzureError,)

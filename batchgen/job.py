@@ -21,41 +21,41 @@ from batchgen import (
     cluster,
     engines,
     journal,
-    models,
     plan,
     provenance,
     read,
     record,
-    render,
     report,
     screen,
     status,
     write,
 )
-from batchgen.errors import OutputConflictError, ReconciliationError
+from batchgen.attempt import Task
+from batchgen.errors import OutputConflictError, ReconciliationError, TooManyErrorsError
 from batchgen.lease import Lease
 from batchgen.speculation import costs
 from batchgen.store import STATE_FOLDER, connect
-from batchgen.worker import Tally, Task
+from batchgen.worker import Kit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     import pyarrow as pa
 
-    from batchgen.models import Model
     from batchgen.plan import Plan
     from batchgen.record import Row, Shard
-    from batchgen.render import Renderer
     from batchgen.report import Summary
     from batchgen.spec import Spec
     from batchgen.status import Status
     from batchgen.store import Store
+    from batchgen.tally import Tally
 
 log = logging.getLogger("batchgen.job")
 
 JOB = f"{STATE_FOLDER}/job.json"
 SURVEY_ROWS = 512
+# So many are generated or refused before a job is said to be only failing.
+FIRST_ROWS = 100
 # A run shorter than this says more about warming up than about speed.
 MEASURED_ROWS = 32
 
@@ -70,9 +70,7 @@ class Job:
     spec: Spec
     source: Store
     sink: Store
-    target: Model | None
-    draft: Model | None
-    renderer: Renderer
+    kit: Kit
     dtype: str
     plan: Plan
     kept: list[Any]
@@ -97,9 +95,9 @@ class Job:
             "job": self.spec.name,
             "fingerprint": self.plan.fingerprint,
             "target": self.spec.model.target,
-            "target_identity": self.target.identity if self.target else "none",
+            "target_identity": self.kit.target.identity if self.kit.target else "none",
             "draft": self.spec.model.draft or "none",
-            "draft_identity": self.draft.identity if self.draft else "none",
+            "draft_identity": self.kit.draft.identity if self.kit.draft else "none",
             "engine": self.spec.engine.kind,
             "dtype": self.dtype,
             "machine": provenance.machine(engines.device(self.spec)),
@@ -115,7 +113,7 @@ class Job:
         return Task(
             source=self.source,
             sink=self.sink,
-            output=self.output,
+            output=self.sink.spelled(self.output),
             schema=self.schema,
             columns=self.columns,
             sampling=self.sampling,
@@ -129,9 +127,14 @@ class Job:
         )
 
     @functools.cached_property
+    def parts(self) -> dict[str, str]:
+        """The parts that stand when first asked for, by shard: one listing, which may take seconds."""
+        return write.parts(self.sink, self.output)
+
+    @functools.cached_property
     def todo(self) -> list[Shard]:
         """Shards without a part, or with one whose failed rows are to be done again, in input order."""
-        done = write.parts(self.sink, self.output).keys() - self.again.keys()
+        done = self.parts.keys() - self.again.keys()
         return [shard for shard in self.plan.shards if shard.key not in done]
 
 
@@ -172,19 +175,13 @@ def prepare(spec: Spec, *, weights: bool = True) -> Job:
     """
     source = connect(spec.input.path, spec.input.storage_options)
     sink = connect(spec.output.path, spec.output.storage_options)
-    target = draft = None
-    renderer: Renderer
-    if spec.engine.kind == "rehearsal":
-        renderer = render.PlainRenderer(max_prompt_tokens=spec.screen.max_prompt_tokens)
-    else:
-        target = models.fetch(spec.model.target, weights=weights)
-        draft = models.fetch(spec.model.draft, weights=weights) if spec.model.draft else None
-        renderer = render.Renderer(
-            target.path, special_tokens=spec.screen.special_tokens, max_prompt_tokens=spec.screen.max_prompt_tokens
-        )
+    kit = Kit.find(spec, weights=weights)
     dtype = engines.dtype(spec)
     fingerprint = plan.fingerprint(
-        spec, target=target.identity if target else "none", template=renderer.template_hash, dtype=dtype
+        spec,
+        target=kit.target.identity if kit.target else "none",
+        template=kit.renderer.template_hash,
+        dtype=dtype,
     )
     made = plan.make(source, spec, fingerprint)
     columns = read.Columns(
@@ -208,7 +205,7 @@ def prepare(spec: Spec, *, weights: bool = True) -> Job:
         stop=s.stop,
         stop_token_ids=s.stop_token_ids,
     )
-    return Job(spec, source, sink, target, draft, renderer, dtype, made, kept, columns, sampling)
+    return Job(spec, source, sink, kit, dtype, made, kept, columns, sampling)
 
 
 def submit(
@@ -235,7 +232,7 @@ def submit(
     with Lease.take(job.sink, job.output, ttl_s=spec.checkpoint.lease_seconds, draining=draining) as lease:
         _own_output(job, mix=mix)
         if retry_failed:
-            again = plan.failed(job.sink, write.parts(job.sink, job.output), job.plan)
+            again = plan.failed(job.sink, job.parts, job.plan)
             job = dataclasses.replace(job, again=again)
         started(job)
         return _run(job, lease, draining=draining, watch=watch)
@@ -307,23 +304,36 @@ def _run(job: Job, lease: Lease, *, draining: Callable[[], bool], watch: Callabl
     spec, tally = job.spec, None
     journal.sweep(job.sink, job.output, {shard.key for shard in job.plan.shards} - {shard.key for shard in job.todo})
     if job.todo:
-        engine = engines.build(spec, job.target, job.draft, job.renderer.decode, _costs_folder())
 
         def watched(tally: Tally) -> None:
             lease.check()
+            _only_failing(tally, spec.max_error_rate)
             watch(tally)
 
-        tally = cluster.run(job.task(lease.epoch), job.todo, engine, job.renderer, draining=draining, watch=watched)
+        task, costs = job.task(lease.epoch), _costs_folder()
+        tally = cluster.run(task, job.todo, job.kit, costs, draining=draining, watch=watched)
         _remember_cost(job, tally)
     lease.check()
     summary = report.summarise(job.sink, job.output, job.plan, job.sampling.n)
     stored = report.load(job.sink, job.output) or {}
     if any(stored.get(name) != value for name, value in summary.as_json().items()):
-        run = {"tokens_per_s": tally and tally.tokens_per_s, "speculation": tally and tally.speculation}
+        ran = ("tokens_per_s", "speculation", "retries")
+        run = {name: tally and getattr(tally, name) for name in ran}
         report.save(job.sink, job.output, summary, job.facts | run)
     if summary.problems:
         raise ReconciliationError(f"{job.output}: " + "; ".join(summary.problems))
     return Outcome(summary, tally, job.output)
+
+
+def _only_failing(tally: Tally, allowed: float) -> None:
+    """Stop a job that would spend its whole time on failing."""
+    done = tally.ok + tally.error
+    if done >= FIRST_ROWS and tally.error > max(allowed, 0.5) * done:
+        reason, count = max(tally.reasons.items(), key=lambda item: item[1])
+        raise TooManyErrorsError(
+            f"{tally.error:,} of the first {done:,} rows failed, {count:,} of them with {reason}, and max_error_rate "
+            f"is {allowed:g}; finished rows are journalled. Mend the cause, or raise max_error_rate to go on"
+        )
 
 
 def _sample(job: Job, shards: list[Shard]) -> list[Row]:
@@ -333,7 +343,7 @@ def _sample(job: Job, shards: list[Shard]) -> list[Row]:
     for shard in chosen:
         part = dataclasses.replace(shard, stop=min(shard.stop, shard.start + SURVEY_ROWS // len(chosen)))
         source = read.rows(job.source, part, job.columns, job.sampling)
-        rows += job.renderer.rows(screen.rows(source))
+        rows += job.kit.renderer.rows(screen.rows(source))
     return rows
 
 
@@ -344,8 +354,8 @@ def _own_output(job: Job, *, mix: bool) -> None:
     mine = {"fingerprint": job.plan.fingerprint, "columns": columns, "rows_per_part": job.spec.checkpoint.rows_per_part}
     text = json.dumps(mine | job.facts | {"spec": _public(job.spec)}, indent=2).encode()
     theirs: dict[str, Any] = mine if job.sink.create(url, text) else json.loads(job.sink.read(url))
-    empty = not write.parts(job.sink, job.output) and not any(journal.pending(job.sink, job.output).values())
-    if empty and any(theirs.get(name) != value for name, value in mine.items()):
+    other = any(theirs.get(name) != value for name, value in mine.items())
+    if other and not job.parts and not any(journal.pending(job.sink, job.output).values()):
         job.sink.put(url, text)  # a submit that never finished a row holds nothing
         return
     elsewhere = "choose another output.path"
@@ -365,7 +375,7 @@ def _own_output(job: Job, *, mix: bool) -> None:
             f"{job.output}: its parts hold {rows} rows each; checkpoint.rows_per_part {wanted} would write "
             f"the same rows again; keep {rows}, or {elsewhere}"
         )
-    doubled = plan.strangers(job.sink, write.parts(job.sink, job.output), job.plan)
+    doubled = plan.strangers(job.sink, job.parts, job.plan)
     if doubled:
         raise OutputConflictError(
             f"{job.output}: {len(doubled)} parts could hold rows that this job would write again: "
@@ -396,7 +406,13 @@ def _costs_folder() -> Path:
 
 def _cost_key(job: Job) -> str:
     names = ("machine", "target_identity", "draft_identity", "engine", "dtype", "version_batchgen")
-    settings = (job.spec.speculation.tree, job.spec.batch_size, job.sampling.max_tokens, job.sampling.temperature)
+    settings = (
+        job.spec.workers.count,
+        job.spec.speculation.tree,
+        job.spec.batch_size,
+        job.sampling.max_tokens,
+        job.sampling.temperature,
+    )
     return "|".join([*(job.facts[name] for name in names), *map(str, settings)])
 
 

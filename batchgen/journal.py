@@ -4,7 +4,8 @@ Each attempt at a shard begins with a create-only *claim*, numbered upwards, tha
 of the claim before it that are visible now, and those that claim had accepted. Finished rows then follow as create-only
 *segments*. A worker that was thought dead and wakes up may go on writing segments, but no claim lists them, so its rows
 count for nothing and no row counts twice. There is no lock, no shared disk and no database: listing, create-only writes
-and reading are enough (tried with kill -9 and SIGSTOP on GCS, S3 and disk).
+and reading are enough (tried with kill -9 and SIGSTOP on GCS, S3 and disk). A worker that helps with a shard (`join`)
+writes segments under its owner's claim, so what it finished counts whichever of the two dies.
 
 Segments are Parquet with page checksums, but not named so: `**/*.parquet` over an output folder must not find them.
 Names hold the claim's nonce, because the number alone comes back when a shard's journal was removed and begun anew.
@@ -16,51 +17,58 @@ import dataclasses
 import errno
 import io
 import json
-import re
 import time
-import uuid
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batchgen.claim import NAME, Claim, alone, latest
 from batchgen.errors import CorruptOutputError, OutputConflictError, StoreError
 from batchgen.store import STATE_FOLDER
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
-    from batchgen.record import Shard
+    from batchgen.record import Piece, Shard
     from batchgen.store import Entry, Store
 
-_CLAIM = re.compile(r"claim-(\d+)\.json")
+# In the name of a segment that the claim's owner wrote; a helper's has one more.
+_OWN_DASHES = 3
 _FOOTER_BYTES = 32 * 1024
 
 
 class Journal:
     """One attempt at one shard; made by `claim`, used by one thread.
 
-    `done` holds the (row_id, sample) of every row that is present: accepted, written or still buffered.
+    `done` holds the (row_id, sample) of every row that is present: accepted, written or still buffered. `deaths` counts
+    the attempts before this one, in a row, that died before the same rows were finished. `suspect` is the row that was
+    alone with its worker at the last of them, `condemned` one that was at the last three.
     """
 
     def __init__(
         self,
         store: Store,
         folder: str,
-        claim: _Claim,
+        claim: Claim,
         schema: pa.Schema,
-        accepted: list[pa.Table],
+        accepted: Mapping[str, pa.Table],
         *,
+        helper: str = "",
         max_rows: int,
         max_seconds: float,
     ) -> None:
-        self.done: set[tuple[str, int]] = {key for table in accepted for key in _keys(table)}
+        self.done: set[tuple[str, int]] = {key for table in accepted.values() for key in _keys(table)}
+        self.condemned = claim.alone if claim.guilty and claim.alone not in self.done else None
+        self.suspect = None if claim.guilty else claim.alone
+        self.deaths = 0 if claim.guilty else claim.deaths
         self._store, self._folder, self._claim, self._schema = store, folder, claim, schema
         self._max_rows, self._max_s = max_rows, max_seconds
-        self._tables = accepted
+        self._segments = claim.segments + helper
+        self._tables = dict(accepted)
         self._rows: list[dict[str, Any]] = []
         self._oldest = 0.0
-        self._num_segments = 0
+        self._num_segments = self._num_notes = 0
 
     @classmethod
     def claim(
@@ -89,10 +97,10 @@ class Journal:
         while True:
             files = _by_name(store.find(folder))
             try:
-                before = _latest(store, files)
+                before = latest(store, files)
+                claim = Claim.after(before, files, shard, alone(store, before, files))
             except FileNotFoundError:
                 continue  # removed since it was listed
-            claim = _Claim.after(before, files, shard)
             if not store.create(f"{folder}/{claim.name}", claim.to_json(worker, epoch)):
                 continue  # another worker took the number; its claim is the one to follow now
             try:
@@ -104,8 +112,77 @@ class Journal:
                     continue
                 remedy = f"remove {folder} to generate its rows again"
                 raise CorruptOutputError(f"{error.filename}: this journal segment is missing; {remedy}") from error
-            accepted += [again[1]] if again else []
+            accepted |= {"": again[1]} if again else {}
             return cls(store, folder, claim, schema, accepted, max_rows=max_rows, max_seconds=max_seconds)
+
+    @classmethod
+    def join(
+        cls,
+        store: Store,
+        output_url: str,
+        piece: Piece,
+        schema: pa.Schema,
+        *,
+        max_rows: int = 64,
+        max_seconds: float = 20.0,
+    ) -> Journal | None:
+        """Help with a shard under its owner's claim, from what is finished now; None if that claim is over.
+
+        Raises:
+            CorruptOutputError, OutputConflictError: as `claim`.
+        """
+        folder = _folder(output_url, piece.shard.key)
+        files = _by_name(store.find(folder))
+        try:
+            found = latest(store, files)
+            if found is None or found.segments != piece.claim:
+                return None
+            now = dataclasses.replace(found, deaths=0, alone=None)
+            accepted = _load(store, folder, Claim.after(found, files).accepted, files, schema)
+        except FileNotFoundError:
+            return None
+        return cls(
+            store,
+            folder,
+            now,
+            schema,
+            accepted,
+            helper=_helper(piece),
+            max_rows=max_rows,
+            max_seconds=max_seconds,
+        )
+
+    @property
+    def claim_name(self) -> str:
+        """What `join` needs to write under this claim."""
+        return self._claim.segments
+
+    def merge(self, piece: Piece) -> None:
+        """Take in what the helper with `piece` wrote, for the last time: later rows of it count for nothing here.
+
+        Raises:
+            CorruptOutputError, OutputConflictError: as `claim`.
+        """
+        files = _by_name(self._store.find(self._folder))
+        new = tuple(sorted(name for name in files if name.startswith(self._segments + _helper(piece))))
+        self._tables |= _load(self._store, self._folder, new, files, self._schema, self.done)
+        self.done.update(key for name in new for key in _keys(self._tables[name]))
+
+    def trying(self, key: tuple[str, int]) -> None:
+        """Note that this row is alone with the worker from now on; durable on return."""
+        self._note(f"trying-{self._num_notes:06d}", json.dumps(key))
+        self._num_notes += 1
+
+    def passed(self) -> None:
+        """Note that the rows are finished that an attempt before may have died of."""
+        self._note("passed")
+
+    def end(self) -> None:
+        """Note that this attempt ended of itself, having flushed, and not by the death of its worker."""
+        self._note("end")
+
+    def _note(self, what: str, text: str = "") -> None:
+        self._store.create(f"{self._folder}/{self._claim.notes}{what}", f"{text}\n".encode())
 
     def add(self, row: dict[str, Any]) -> None:
         """Buffer one output row, keys as in the schema; it is safe only after the next `flush`."""
@@ -130,17 +207,17 @@ class Journal:
         if not self._rows:
             return
         table = pa.Table.from_pylist(self._rows, schema=self._schema)
-        url = f"{self._folder}/{self._claim.segments}{self._num_segments:06d}.rows"
-        if not self._store.create(url, _encode(table)):
-            raise StoreError(f"{url}: exists with other content; two journals write under one claim")
-        self._tables.append(table)
+        name = f"{self._segments}{self._num_segments:06d}.rows"
+        if not self._store.create(f"{self._folder}/{name}", _encode(table)):
+            raise StoreError(f"{self._folder}/{name}: exists with other content; two journals write under one claim")
+        self._tables[name] = table
         self._num_segments += 1
         self._rows = []
 
     def table(self) -> pa.Table:
         """Every row that is accepted, written or buffered, each key once, in no particular order."""
         buffered = pa.Table.from_pylist(self._rows, schema=self._schema)
-        return pa.concat_tables([*self._tables, buffered])
+        return pa.concat_tables([*self._tables.values(), buffered])
 
     def remove(self) -> None:
         """Remove the shard's whole journal; only for a shard whose part exists."""
@@ -159,7 +236,7 @@ def pending(store: Store, output_url: str) -> dict[str, int]:
     segments: list[tuple[str, Entry]] = []
     for key, files in shards.items():
         try:
-            accepted = _Claim.after(_latest(store, files), files).accepted
+            accepted = Claim.after(latest(store, files), files).accepted
         except FileNotFoundError:  # committed and removed just now
             del rows[key]
             continue
@@ -185,7 +262,7 @@ def strays(store: Store, output_url: str, versions: Mapping[str, str], done: set
         folders.setdefault(folder, {})[name] = entry
     found = []
     for folder, files in folders.items():
-        claim = _latest(store, files)
+        claim = latest(store, files)
         changed = claim is not None and versions.get(claim.file, claim.version) != claim.version
         if changed or folder.rpartition("/")[2] in done:
             found.append(folder)
@@ -195,78 +272,44 @@ def strays(store: Store, output_url: str, versions: Mapping[str, str], done: set
 def remove(store: Store, folder: str) -> None:
     """Remove a whole journal by its URL."""
     # Claims first: who reads the rest while it goes can tell a removed journal from a damaged one.
-    store.delete([url for url in store.find(folder) if _CLAIM.fullmatch(url.rpartition("/")[2])])
+    store.delete([url for url in store.find(folder) if NAME.fullmatch(url.rpartition("/")[2])])
     store.remove(folder)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Claim:
-    """The claim with one number, and the segments that it takes over."""
-
-    number: int
-    nonce: str
-    accepted: tuple[str, ...]
-    file: str
-    version: str
-
-    @property
-    def name(self) -> str:
-        return f"claim-{self.number:04d}.json"
-
-    @property
-    def segments(self) -> str:
-        """How the names of the segments that this claim writes begin."""
-        return f"seg-{self.number:04d}-{self.nonce}-"
-
-    @staticmethod
-    def after(before: _Claim | None, files: Mapping[str, Entry], shard: Shard | None = None) -> _Claim:
-        """The next claim, with everything that `before` accepted and wrote."""
-        written = sorted(name for name in files if before and name.startswith(before.segments))
-        accepted = (*before.accepted, *written) if before else ()
-        origin = (shard.file, shard.version) if shard else ("", "")
-        return _Claim(before.number + 1 if before else 1, uuid.uuid4().hex[:12], accepted, *origin)
-
-    def to_json(self, worker: str, epoch: int) -> bytes:
-        facts = {"n": self.number, "worker": worker, "epoch": epoch, "nonce": self.nonce}
-        facts |= {"file": self.file, "version": self.version}
-        return json.dumps(facts | {"accepted": self.accepted}, indent=1).encode()
 
 
 def _folder(output_url: str, *key: str) -> str:
     return "/".join((output_url.rstrip("/"), STATE_FOLDER, "journal", *key))
 
 
+def _helper(piece: Piece) -> str:
+    """What stands in the names of segments between the claim and the number where a helper wrote them."""
+    return f"h{piece.nonce}-"
+
+
 def _by_name(entries: Mapping[str, Entry]) -> dict[str, Entry]:
     return {url.rsplit("/", 1)[-1]: entry for url, entry in entries.items()}
 
 
-def _latest(store: Store, files: Mapping[str, Entry]) -> _Claim | None:
-    """The claim with the highest number."""
-    numbers = {int(found[1]): name for name in files if (found := _CLAIM.fullmatch(name))}
-    if not numbers:
-        return None
-    url = files[numbers[max(numbers)]].url
-    try:
-        claim = json.loads(store.read(url))
-        return _Claim(claim["n"], claim["nonce"], tuple(claim["accepted"]), claim["file"], claim["version"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorruptOutputError(f"{url}: not a claim as batchgen writes it ({error}); remove its folder") from error
-
-
 def _load(
-    store: Store, folder: str, names: tuple[str, ...], files: Mapping[str, Entry], schema: pa.Schema
-) -> list[pa.Table]:
-    """The segments' rows, verified."""
+    store: Store,
+    folder: str,
+    names: tuple[str, ...],
+    files: Mapping[str, Entry],
+    schema: pa.Schema,
+    done: Iterable[tuple[str, int]] = (),
+) -> dict[str, pa.Table]:
+    """The segments' rows by their names, verified; without rows of helpers that are `done` or stand in another."""
     for name in names:
         if name not in files:
             raise FileNotFoundError(errno.ENOENT, "no such segment", f"{folder}/{name}")
+    # Who was thought dead may have written rows that others did again; what its owner wrote stands.
+    names = tuple(sorted(names, key=lambda name: (name.count("-") > _OWN_DASHES, name)))
     entries = [files[name] for name in names]
     whole = store.tails(entries, max((entry.size_bytes for entry in entries), default=0))
     # Parquet does not keep every Arrow type (seconds become milliseconds): ask it what it makes of ours.
     stored = _decode(_encode(schema.empty_table())).schema
     again = f"remove {folder} to generate its rows again"
-    tables, seen = [], set[tuple[str, int]]()
-    for entry, data in zip(entries, whole, strict=True):
+    tables, seen = dict[str, pa.Table](), set(done)
+    for name, entry, data in zip(names, entries, whole, strict=True):
         try:
             table = _decode(data)
         except (pa.ArrowException, OSError, ValueError) as error:
@@ -274,11 +317,13 @@ def _load(
         if not table.schema.equals(stored):
             differ = ", ".join(sorted({str(field) for field in {*table.schema} ^ {*stored}})) or "their order"
             raise OutputConflictError(f"{entry.url}: journalled with other columns ({differ}); {again}")
+        if name.count("-") > _OWN_DASHES:
+            table = table.filter(pa.array([key not in seen for key in _keys(table)], pa.bool_()))
         keys = set(_keys(table))
         if len(keys) < table.num_rows or not keys.isdisjoint(seen):
             raise CorruptOutputError(f"{entry.url}: holds a row that stands elsewhere already; {again}")
         seen |= keys
-        tables.append(table.cast(schema))
+        tables[name] = table.cast(schema)
     return tables
 
 

@@ -119,7 +119,7 @@ def root(store: Store, path: str, made: Plan) -> str:
 
     Without a slash at the end, except for the root of the local disk.
     """
-    folder = _listed(store, path)
+    folder = store.spelled(path)
     sign = _SIGN.search(folder) if _SIGN.search(path) else None
     if sign is not None:
         folder = folder[: sign.start()].rpartition("/")[0]
@@ -193,14 +193,6 @@ def _first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0][:200] or type(error).__name__
 
 
-def _listed(store: Store, path: str) -> str:
-    """`path` as the store spells the URLs that it lists: local ones are absolute; no slash at the end."""
-    bare = store._path(path).rstrip("/")  # noqa: SLF001  # only the file system knows how it resolves `./in`
-    if store.scheme == "memory":
-        bare = bare.removeprefix("/")
-    return f"{store.scheme}://{bare}" if store.scheme else bare
-
-
 def _entries(store: Store, path: str) -> list[Entry]:
     if _SIGN.search(path):
         found = list(store.glob(path).values())
@@ -222,7 +214,7 @@ def _file_entry(store: Store, path: str) -> list[Entry]:
 
 def _below(store: Store, path: str) -> list[Entry]:
     """The Parquet files in a folder; as Parquet readers do, what begins with _ or . below it is not data."""
-    folder = _listed(store, path)
+    folder = store.spelled(path)
     found = []
     for url, entry in store.find(path).items():
         names = url.removeprefix(f"{folder}/").split("/")

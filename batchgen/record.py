@@ -77,6 +77,25 @@ class Shard:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows of a shard that another worker than its owner generates: those with `start` <= index < `stop` in their file.
+
+    `claim` names the owner's attempt at the shard (`journal.Journal.join`), `nonce` this piece.
+    """
+
+    shard: Shard
+    start: int
+    stop: int
+    claim: str
+    nonce: str
+
+    @property
+    def num_rows(self) -> int:
+        """Input rows in the piece."""
+        return self.stop - self.start
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Verdict:
     """Why a row is not generated: an `error` is the row's fault, `skipped` is what the job asked for."""
 

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from batchgen import write
 from batchgen.store import STATE_FOLDER
+from batchgen.tally import Rates
 
 if TYPE_CHECKING:
     import polars as pl
@@ -37,7 +38,7 @@ _COLUMNS = [*_KEY, "status", "error_type", *_SUMS, "accepted_per_depth"]
 
 
 @dataclasses.dataclass(slots=True)
-class Summary:
+class Summary(Rates):
     """Totals over a job's parts. `problems` says what does not reconcile, one line each; empty means all is there."""
 
     expected_rows: int
@@ -64,16 +65,6 @@ class Summary:
     def error_rate(self) -> float:
         """Share of output rows that are errors, 0 without rows."""
         return self.error / self.rows if self.rows else 0.0
-
-    @property
-    def acceptance_rate(self) -> float | None:
-        """Accepted over drafted tokens (alpha), None when nothing was drafted."""
-        return self.accepted_tokens / self.draft_tokens if self.draft_tokens else None
-
-    @property
-    def acceptance_length(self) -> float | None:
-        """Tokens per target pass after prefill, the bonus token included; None without passes."""
-        return (self.completion_tokens - self.ok) / self.target_steps if self.target_steps else None
 
     def as_json(self) -> dict[str, Any]:
         """All fields and rates, for summary.json and `--log json`."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import functools
+import math
 import os
 import posixpath
 import re
@@ -177,9 +178,22 @@ class SamplingSpec(_Part):
 class WorkersSpec(_Part):
     """How many engines run, and where."""
 
-    count: int = Field(default=1, ge=1, description="Engines at work; 1: in this process.")
-    gpus: int | None = Field(default=None, ge=0, description="GPUs that each Ray worker claims.")
-    address: Text | None = Field(default=None, description="Ray cluster: auto or its address; null: a local one.")
+    count: int = Field(default=1, ge=1, description="Engines at work; 1: in this process, more: Ray actors.")
+    gpus: float | None = Field(
+        default=None, ge=0, description="GPUs that each Ray worker claims, also parts of one; null: 1 on cuda, else 0."
+    )
+    cpus: int | None = Field(
+        default=None, ge=1, description="Cores that each Ray worker claims; null: with a GPU 1, else an even share."
+    )
+    address: Text | None = Field(
+        default=None, description="Ray cluster to join: auto, or its address; null: a local one, for more than 1."
+    )
+    start_seconds: float = Field(
+        default=1800.0, gt=0, description="A Ray worker that has loaded no engine by then is replaced."
+    )
+    silent_seconds: float = Field(
+        default=600.0, gt=0, description="A Ray worker that has made no step for so long is replaced."
+    )
 
 
 class CheckpointSpec(_Part):
@@ -220,20 +234,16 @@ class Spec(_Part):
         default=0.0, ge=0, le=1, description="Share of error rows above which the job exits with 1."
     )
 
+    @property
+    def on_ray(self) -> bool:
+        """Whether workers are Ray actors."""
+        return self.workers.count > 1 or self.workers.address is not None
+
 
 _Rules = dict[str, Callable[[Mapping[str, Any]], bool]]
 
 # What the format has and this version has not; a later version deletes its line. "key: what to do instead": when.
 _NOT_YET: _Rules = {
-    "workers.count: one worker runs in process; more need the Ray executor, which this version does not have; use 1": (
-        lambda v: v["workers.count"] > 1
-    ),
-    "workers.gpus: is for Ray workers, which this version does not have; leave it out and choose with engine.device": (
-        lambda v: v["workers.gpus"] is not None
-    ),
-    "workers.address: is for the Ray executor, which this version does not have; leave it out": (
-        lambda v: v["workers.address"] is not None
-    ),
     "screen.pii: this version does not look for personal data; use off, and clean the table before the job": (
         lambda v: v["screen.pii"] != "off"
     ),
@@ -284,6 +294,27 @@ _IMPOSSIBLE: _Rules = {
     "sampling.n: at temperature 0 all samples of a row are equal; raise sampling.temperature or use 1": (
         lambda v: v["sampling.n"] > 1 and v["sampling.temperature"] == 0 and "temperature" not in v["input.sampling"]
     ),
+    "workers.gpus: is for Ray workers; leave it out, or set workers.count or workers.address": (
+        lambda v: v["workers.gpus"] is not None and not _on_ray(v)
+    ),
+    "workers.gpus: a worker has whole GPUs or a part of one": (
+        lambda v: v["workers.gpus"] is not None and v["workers.gpus"] > 1 and v["workers.gpus"] % 1 > 0
+    ),
+    "workers.gpus: engine.device is cpu; leave one of them out": (
+        lambda v: bool(v["workers.gpus"]) and v["engine.device"] == "cpu"
+    ),
+    "workers.cpus: is for Ray workers; leave it out, or set workers.count or workers.address": (
+        lambda v: v["workers.cpus"] is not None and not _on_ray(v)
+    ),
+    "workers.gpus: the tensor- and pipeline-parallel sizes in engine.options need as many GPUs for each worker": (
+        lambda v: _on_ray(v) and _parallel(v) > 1 and v["workers.gpus"] != _parallel(v)
+    ),
+    "workers: memory:// is one process's own; use another path, or one worker": (
+        lambda v: _on_ray(v) and "memory://" in (v["input.path"][:9], v["output.path"][:9])
+    ),
+    "input.path: a URL with a signature or password would stand in logs and in the output; use storage_options": (
+        lambda v: bool(re.match(r"https?://([^/]*@|.*\?)", v["input.path"]))
+    ),
     "output.path: is one folder; * and ? are not allowed": lambda v: bool(set("*?") & set(v["output.path"])),
     "output.path: input.path would find what is written there; choose a folder that it does not reach": (
         lambda v: _finds(v["input.path"], v["output.path"])
@@ -295,6 +326,16 @@ def _method(v: Mapping[str, Any]) -> str | None:
     """What vLLM is told to draft by in engine.options, None if it is not told to."""
     speculative = v["engine.options"].get("speculative_config") if v["engine.kind"] == "vllm" else None
     return str(speculative.get("method", "eagle3")) if isinstance(speculative, dict) else None
+
+
+def _on_ray(v: Mapping[str, Any]) -> bool:
+    return v["workers.count"] > 1 or v["workers.address"] is not None
+
+
+def _parallel(v: Mapping[str, Any]) -> int:
+    """GPUs that one vLLM engine takes."""
+    sizes = [v["engine.options"].get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline")]
+    return math.prod(size for size in sizes if isinstance(size, int)) if v["engine.kind"] == "vllm" else 1
 
 
 def _width(tree: Any) -> int:

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import errno
 import glob
+import importlib.util
 import io
 import logging
 import os
@@ -39,7 +40,7 @@ STATE_FOLDER = "__batchgen"
 
 _T = TypeVar("_T")
 _log = logging.getLogger("batchgen.store")
-_GCS = {"gs", "gcs"}
+_GCS, _S3, _AZURE = {"gs", "gcs"}, {"s3", "s3a"}, {"az", "abfs", "abfss"}
 
 
 def connect(url: str, options: Mapping[str, Any] | None = None) -> Store:
@@ -60,8 +61,11 @@ def connect(url: str, options: Mapping[str, Any] | None = None) -> Store:
             kinds[scheme], more = filesystems.gcs()
             failures += more
             settings = filesystems.gcs_settings(settings) | settings
+        elif scheme in _AZURE and importlib.util.find_spec("adlfs"):
+            kinds[scheme], more = filesystems.azure()
+            failures += more
         kind = kinds.get(scheme) or _kind(url, scheme)
-        return Store(scheme, kind(**settings), failures)
+        return Store(scheme, kind(**settings), failures, (url, options))
     except failures as error:
         raise StoreError(f"{url}: cannot connect: {filesystems.cause(error)}") from error
 
@@ -78,7 +82,7 @@ def _kind(url: str, scheme: str) -> type[Any]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
-    """One stored object; `version` changes when its content does (GCS generation, S3 ETag, size and mtime on disk)."""
+    """One stored object; `version` changes with it: GCS' generation, S3's and Azure's ETag, size and mtime."""
 
     url: str
     size_bytes: int
@@ -87,17 +91,29 @@ class Entry:
 
 @dataclasses.dataclass(eq=False)
 class Store:
-    """One place to store things, made by `connect`; safe to share between threads, not between processes.
+    """One place to store things, made by `connect`; safe to share between threads.
 
+    Pickled, it is how to connect again (`origin`, which may hold secrets), so a process that it is sent to has its own.
     `budget_s` bounds the time of one verb, retries included; `retries` counts the retries of all verbs so far.
     """
 
     scheme: str
     fs: Any = dataclasses.field(repr=False)
     failures: tuple[type[Exception], ...] = dataclasses.field(repr=False)
+    origin: tuple[str, Mapping[str, Any] | None] = dataclasses.field(repr=False)
     budget_s: float = 300.0
     retries: int = 0
     _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock, repr=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return connect, self.origin
+
+    def spelled(self, url: str) -> str:
+        """`url` as `find` and `glob` spell what is there: local paths are absolute; no slash at the end."""
+        bare = self._path(url).rstrip("/")
+        if self.scheme == "memory":
+            bare = bare.removeprefix("/")
+        return f"{self.scheme}://{bare}" if self.scheme else bare
 
     def put(self, url: str, data: bytes) -> None:
         """Store `data` at `url`, in place of what was there; durable on return."""
@@ -178,16 +194,31 @@ class Store:
         paths = {self._path(url): url for url in urls}
         # At once where the library can; but its `rm` would expand a name with a `*` in it as a pattern.
         batch = [path for path in paths if isinstance(self.fs, AsyncFileSystem) and not glob.has_magic(path)]
-
-        def rm(path: str | list[str], url: str) -> None:
-            act = self.fs.rm if isinstance(path, list) else self.fs.rm_file
-            with contextlib.suppress(FileNotFoundError):
-                self._retry("delete", url, lambda limit: act(path, **limit))
-
         if batch:
-            rm(batch, f"{paths[batch[0]]} and {len(batch) - 1} more")
+            with contextlib.suppress(FileNotFoundError):
+                self._retry("delete", f"{paths[batch[0]]} and {len(batch) - 1} more", self._remover(list(batch)))
         for path in paths.keys() - set(batch):
-            rm(path, paths[path])
+            with contextlib.suppress(FileNotFoundError):
+                self._retry("delete", paths[path], lambda limit, path=path: self.fs.rm_file(path, **limit))  # type: ignore[misc]
+
+    def _remover(self, paths: list[str]) -> Callable[[dict[str, float]], None]:
+        """Removes `paths`, when called again those that are left: among a hundred requests one may fail every time."""
+
+        def act(limit: dict[str, float]) -> None:
+            try:
+                self.fs.rm(paths, **limit)
+            except self.failures:
+                with contextlib.suppress(*self.failures):
+                    there = {
+                        path
+                        for folder in {path.rpartition("/")[0] for path in paths}
+                        for path in self.fs.find(folder, **limit)
+                    }
+                    paths[:] = [path for path in paths if path in there]
+                if paths:
+                    raise
+
+        return act
 
     def remove(self, folder: str) -> None:
         """Remove everything below `folder`, on disk also the folder and what killed writers left there."""
@@ -258,7 +289,9 @@ class Store:
         """What the file system is told so that it replaces only this version, or only these bytes."""
         if self.scheme in _GCS:
             return {"generation": entry.version}
-        return {"IfMatch": entry.version} if self.scheme in {"s3", "s3a"} else {"old": data}
+        if self.scheme in _AZURE:
+            return {"version": entry.version}
+        return {"IfMatch": entry.version} if self.scheme in _S3 else {"old": data}
 
     def _write(self, verb: str, url: str, data: bytes, *, mode: str, **condition: Any) -> None:
         """Store `data` in one atomic operation; FileExistsError when something else is there than asked for.
@@ -267,9 +300,9 @@ class Store:
             FileNotFoundError: there is a `condition`, and nothing to replace.
         """
         path = self._path(url)
-        if self.scheme not in {"", "file", "memory", "gs", "gcs", "s3", "s3a"}:
+        if self.scheme not in {"", "file", "memory"} | _GCS | _S3 | _AZURE:
             raise StoreError(
-                f"{verb} {url}: {self.scheme}:// has no atomic create; write to gs://, s3:// or a local path"
+                f"{verb} {url}: {self.scheme}:// has no atomic create; write to gs://, s3://, az:// or a local path"
             )
         try:
             # One request whatever the size (`chunksize` is s3fs'), so that bytes and precondition are judged together.
@@ -290,7 +323,7 @@ class Store:
         for path, info in sorted(infos.items()):
             if info["type"] == "file" and not path.endswith("/"):
                 url = f"{self.scheme}://{path.removeprefix('/') if self.scheme == 'memory' else path}"
-                known = (info.get(name) for name in ("version", "generation", "ETag", "blob_id", "created"))
+                known = (info.get(name) for name in ("version", "generation", "ETag", "etag", "blob_id", "created"))
                 version = next((str(value).strip('"') for value in known if value), str(info["size"]))
                 entry = Entry(url if self.scheme else path, info["size"], version)
                 found[entry.url] = entry
@@ -323,7 +356,8 @@ class Store:
             spent = f"gave up after {tries} tries in {time.monotonic() - start:.0f} s"
             raise StoreError(f"{verb} {url}: {filesystems.cause(error)}; {spent}") from error
         except FileNotFoundError as error:
-            raise FileNotFoundError(errno.ENOENT, f"{verb}: no such object", error.filename or url) from error
+            named = error.filename if self.scheme == "" or "://" in str(error.filename) else url
+            raise FileNotFoundError(errno.ENOENT, f"{verb}: no such object", named or url) from error
         except FileExistsError:
             raise
         except self.failures as error:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from batchgen.features import Work
     from batchgen.job import Job, Outcome, Survey
     from batchgen.status import Status
-    from batchgen.worker import Tally
+    from batchgen.tally import Tally
 
 Log = Literal["auto", "progress", "plain", "json"]
 LOG_SECONDS = 10.0
@@ -86,18 +86,20 @@ class Watcher:
         rows = sum(shard.num_rows for shard in job.todo)
         self._total = rows * job.sampling.n
         done = len(job.plan.shards) - len(job.todo)
-        draft = f" with draft head {job.spec.model.draft}" if job.draft else ""
+        draft = f" with draft head {job.spec.model.draft}" if job.kit.draft else ""
+        workers = f", {job.spec.workers.count} workers" if job.spec.workers.count > 1 else ""
         log.info(
-            "%s: %d of %d rows to do in %d shards (%d shards done), %s%s, %s, up to %d rows at a time",
+            "%s: %d of %d rows to do in %d shards (%d shards done), %s%s, %s, up to %d rows at a time%s",
             job.spec.name,
             rows,
             job.plan.num_rows,
             len(job.todo),
             done,
-            job.spec.engine.kind if job.target is None else job.spec.model.target,
+            job.spec.engine.kind if job.kit.target is None else job.spec.model.target,
             draft,
             job.dtype,
             job.spec.batch_size,
+            workers,
         )
         if self._mode == "progress" and job.todo:
             self._progress.update(self._task, total=self._total)
@@ -106,12 +108,13 @@ class Watcher:
     def watch(self, tally: Tally) -> None:
         """Called after every engine step."""
         if self._mode == "progress":
-            self._progress.update(self._task, completed=tally.samples, facts=_facts(tally))
+            self._progress.update(self._task, completed=min(tally.samples, self._total), facts=_facts(tally))
         elif time.monotonic() - self._last >= LOG_SECONDS:
             self._last = time.monotonic()
             numbers = dataclasses.asdict(tally) | {"total": self._total, "tokens_per_s": tally.tokens_per_s}
             numbers["acceptance_length"] = tally.acceptance_length
-            log.info("%d/%d rows, %s", tally.samples, self._total, _facts(tally), extra={"facts": numbers})
+            done = min(tally.samples, self._total)  # rows of a worker that died are counted again
+            log.info("%d/%d rows, %s", done, self._total, _facts(tally), extra={"facts": numbers})
 
 
 def configure_logging(mode: str, console: Console | None = None) -> None:
@@ -147,8 +150,9 @@ def outcome(result: Outcome) -> str:
     if tally is None:
         lines[0] += " (all done before; nothing to do)"
     elif tally.tokens_per_s:
-        resumed = f", {tally.resumed:,} rows taken over from an earlier run's journal" if tally.resumed else ""
+        resumed = f", {tally.resumed:,} rows taken over from journals" if tally.resumed else ""
         resumed += f", {tally.standing:,} rows left as they stood" if tally.standing else ""
+        resumed += f", {tally.retries:,} requests to storage repeated" if tally.retries else ""
         lines.append(f"{tally.completion_tokens:,} tokens at {tally.tokens_per_s:,.0f} tokens/s{resumed}")
     if s.acceptance_rate is not None and s.acceptance_length is not None:
         depths = " ".join(f"{count / s.draft_steps:.3f}" for count in s.accepted_per_depth)
@@ -156,16 +160,31 @@ def outcome(result: Outcome) -> str:
             f"acceptance rate {s.acceptance_rate:.3f}, acceptance length {s.acceptance_length:.2f} tokens per target "
             f"pass, by depth {depths}"
         )
-    if tally is not None and (tuned := tally.speculation):
-        share, nodes = tuned["drafting_steps"] / tuned["steps"], tuned["nodes_per_row"]
-        came, expected = tuned["tokens_per_step"], tuned["expected_tokens_per_step"]
+    if tally is not None:
+        lines += _tuned(tally.speculation.get("workers") or [tally.speculation])
+    lines.append(f"output: {result.output} ({s.parts:,} part{'s' if s.parts != 1 else ''})")
+    lines.append(f"open it: python -c \"import polars; print(polars.read_parquet('{result.output}/*.parquet'))\"")
+    return "\n".join(lines)
+
+
+def _tuned(reports: list[dict[str, Any]]) -> list[str]:
+    """What `tree: auto` did, over all workers."""
+    lines = []
+    trees = [report for report in reports if "steps" in report]
+    if trees:
+        steps = sum(report["steps"] for report in trees)
+        share = sum(report["drafting_steps"] for report in trees) / steps
+        names = ("nodes_per_row", "tokens_per_step", "expected_tokens_per_step")
+        nodes, came, expected = (sum(report["steps"] * report[name] for report in trees) / steps for name in names)
         lines.append(
             f"tree auto: {share:.0%} of steps drafted, {nodes:.2f} nodes a row and step; {came:.2f} tokens a step, "
             f"{expected:.2f} expected"
         )
-    lines.append(f"output: {result.output} ({s.parts:,} part{'s' if s.parts != 1 else ''})")
-    lines.append(f"open it: python -c \"import polars; print(polars.read_parquet('{result.output}/*.parquet'))\"")
-    return "\n".join(lines)
+    chains = [report["lengths"] for report in reports if "lengths" in report]
+    if chains:
+        lengths = ", ".join(f"{first}-{last} rows: {length}" for first, last, length in chains[0])
+        lines.append(f"tree auto: tokens drafted at {lengths}")
+    return lines
 
 
 def survey(found: Survey) -> str:

@@ -10,148 +10,97 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import pyarrow.compute as pc
-
-from batchgen import lease, read, record, screen, write
-from batchgen.errors import AcceptanceError, DrainedError, LeaseLostError, OutputConflictError, StoreError
-from batchgen.journal import Journal
-from batchgen.record import Request
+from batchgen import engines, models, record, render, screen
+from batchgen.attempt import Attempt
+from batchgen.errors import (
+    AcceptanceError,
+    BatchgenError,
+    DrainedError,
+    LeaseLostError,
+    StoreError,
+)
+from batchgen.record import Piece, Request, Verdict
+from batchgen.tally import Tally
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator
+    from pathlib import Path
 
-    import pyarrow as pa
-
+    from batchgen.attempt import Task
     from batchgen.generate import Engine
-    from batchgen.read import Columns
-    from batchgen.record import Completion, Row, Sampling, Shard
+    from batchgen.models import Model
+    from batchgen.record import Row, Shard
     from batchgen.render import Renderer
-    from batchgen.store import Store
-    from batchgen.write import Part
+    from batchgen.spec import Spec
 
 log = logging.getLogger("batchgen.worker")
 
 # Rows that need no engine may come by the million: journals, commits and a wish to drain are seen to this often.
 LOOK_SECONDS = 1.0
+# How long a worker without work sleeps before it asks again.
+IDLE_SECONDS = 0.05
 # Drafted tokens after which the acceptance rate is believed: its standard error is then below 0.012.
 WARM_UP_DRAFTS = 2000
+DIED = Verdict("error", "worker_died", "its worker died three times in a row while it ran this row alone")
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Task:
-    """What a worker needs to know of the job, beside its shards and its engine.
+@dataclasses.dataclass(frozen=True)
+class Kit:
+    """What a spec names to generate with, found on this machine; nothing is loaded onto a device yet."""
 
-    `epoch` is the lease's; `again` has the parts, by their shards' keys, whose failed rows are to be done again.
-    """
+    spec: Spec
+    target: Model | None
+    draft: Model | None
+    renderer: Renderer
 
-    source: Store
-    sink: Store
-    output: str
-    schema: pa.Schema
-    columns: Columns
-    sampling: Sampling
-    journal_rows: int
-    journal_seconds: float
-    metadata: Mapping[str, str]
-    epoch: int
-    again: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    worker: str = "0"
-    min_acceptance: float | None = None
-    below_min: str = "warn"
+    @staticmethod
+    def find(spec: Spec, *, weights: bool = True) -> Kit:
+        """Fetch models and tokenizer; without `weights`, models on the Hub are only looked up.
 
+        Raises:
+            ModelError: one is not there or does not fit.
+        """
+        limit = spec.screen.max_prompt_tokens
+        if spec.engine.kind == "rehearsal":
+            return Kit(spec, None, None, render.PlainRenderer(max_prompt_tokens=limit))
+        target = models.fetch(spec.model.target, weights=weights)
+        draft = models.fetch(spec.model.draft, weights=weights) if spec.model.draft else None
+        special = spec.screen.special_tokens
+        return Kit(spec, target, draft, render.Renderer(target.path, special_tokens=special, max_prompt_tokens=limit))
 
-@dataclasses.dataclass(slots=True)
-class Tally:
-    """What this run did, for people who watch; the truth is in the files (`report`).
-
-    `resumed` counts the output rows that it found in journals, `standing` those that stay of parts that it replaces.
-    """
-
-    ok: int = 0
-    error: int = 0
-    skipped: int = 0
-    resumed: int = 0
-    standing: int = 0
-    parts: int = 0
-    completion_tokens: int = 0
-    target_steps: int = 0
-    draft_tokens: int = 0
-    accepted_tokens: int = 0
-    running: int = 0
-    generated_tokens: int = 0
-    generating_s: float = 0.0
-    speculation: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    @property
-    def samples(self) -> int:
-        """Output rows that this run recorded or found."""
-        return self.ok + self.error + self.skipped + self.resumed + self.standing
-
-    @property
-    def tokens_per_s(self) -> float | None:
-        """Tokens per second of generation, those of unfinished rows included; None before the first."""
-        return self.generated_tokens / self.generating_s if self.generating_s else None
-
-    @property
-    def acceptance_rate(self) -> float | None:
-        """Accepted over drafted tokens, None when nothing was drafted."""
-        return self.accepted_tokens / self.draft_tokens if self.draft_tokens else None
-
-    @property
-    def acceptance_length(self) -> float | None:
-        """Tokens per target pass, None before the first pass."""
-        return (self.completion_tokens - self.ok) / self.target_steps if self.target_steps else None
-
-    def count(self, completion: Completion) -> None:
-        """Add one finished sample."""
-        if completion.finish_reason == "error":
-            self.error += 1
-            return
-        self.ok += 1
-        self.completion_tokens += len(completion.token_ids)
-        self.target_steps += completion.acceptance.target_steps
-        self.draft_tokens += completion.acceptance.draft_tokens
-        self.accepted_tokens += completion.acceptance.accepted_tokens
-
-
-@dataclasses.dataclass(slots=True)
-class _OpenShard:
-    """A shard whose rows are under way; `order` has its row ids in input order, all of them once `read` is set.
-
-    `part` is what the rows will replace, `attempts` how often its failed rows were tried before.
-    """
-
-    shard: Shard
-    journal: Journal
-    part: Part | None
-    attempts: dict[tuple[str, int], int]
-    order: list[str] = dataclasses.field(default_factory=list)
-    read: bool = False
-
-    def complete(self, samples: int) -> bool:
-        return self.read and len(self.journal.done) == len(self.order) * samples
+    def engine(self, costs: Path) -> Engine:
+        """Load the engine; measured costs are kept in the folder `costs`."""
+        return engines.build(self.spec, self.target, self.draft, self.renderer.decode, costs)
 
 
 class Worker:
-    """One engine at work on a stream of shards; `run` it once."""
+    """One engine at work on a stream of shards; `run` it once.
+
+    `ended` has the shards and pieces that are finished and `refused` the pieces that are not and cannot be, for the
+    caller to take out.
+    """
 
     def __init__(self, task: Task, engine: Engine, renderer: Renderer) -> None:
         self._task, self._engine, self._renderer = task, engine, renderer
-        self._open: list[_OpenShard] = []
-        self._rows: dict[tuple[str, int, int], tuple[_OpenShard, Row]] = {}
-        self._warned = False
+        self._open: list[Attempt] = []
+        self._rows: dict[tuple[str, int, int], tuple[Attempt, Row]] = {}
+        self._warned = self._idle = False
         self.tally = Tally()
+        self.ended: list[Shard | Piece] = []
+        self.refused: list[Piece] = []
 
     def run(
         self,
-        shards: Iterable[Shard],
+        shards: Iterable[Shard | Piece | None],
         *,
         draining: Callable[[], bool] = lambda: False,
         watch: Callable[[Tally], None] = lambda tally: None,
     ) -> Tally:
-        """Generate and commit `shards`; `watch` is called after every step.
+        """Generate and commit `shards`, None among which means that there may be more later.
+
+        `watch` is called after every step; it may call `give` and `take_back`.
 
         Raises:
             DrainedError: `draining` became true; everything finished is in the journals.
@@ -162,107 +111,157 @@ class Worker:
             self._run(self._requests(shards), draining, watch)
         except (StoreError, LeaseLostError):
             raise  # storage has failed for minutes, asking it for more would only take more; or it is not ours to write
-        except BaseException:
+        except BaseException as error:
             # Whatever else ends the run early, what is finished need not be done again.
-            for opened in self._open:
-                opened.journal.flush()
+            for attempt in self._open:
+                attempt.journal.flush()
+                if attempt.piece is None and isinstance(error, BatchgenError | KeyboardInterrupt):
+                    attempt.journal.end()
             raise
         return self.tally
+
+    def spare(self) -> tuple[str, int]:
+        """The shard of which a helper could have most rows, by its key, and how many."""
+        most = max(self._open, key=lambda attempt: attempt.spare, default=None)
+        return (most.shard.key, most.spare) if most else ("", 0)
+
+    def give(self, key: str) -> Piece | None:
+        """Give up rows of an open shard for a helper; None when there are none."""
+        return next((attempt.give() for attempt in self._open if attempt.shard.key == key), None)
+
+    def take_back(self, piece: Piece, *, finished: bool) -> None:
+        """The helper of `piece` has finished it, or is no more."""
+        for attempt in self._open:
+            if attempt.journal.claim_name == piece.claim and attempt.piece is None:
+                attempt.take_back(piece, finished=finished)
 
     def _run(
         self, requests: Iterator[Request | None], draining: Callable[[], bool], watch: Callable[[Tally], None]
     ) -> None:
-        exhausted = False
+        exhausted, next_up = False, None
+        store = self._task.sink
+        before = self._task.source.retries + store.retries
         while not exhausted or self._engine.unfinished:
             if draining() and self._open:
                 self._drain()
             looked = time.monotonic()
-            while self._engine.unfinished < self._engine.capacity:
+            while self._engine.unfinished < self._at_once():
+                self._idle = False
                 try:
-                    request = next(requests)
+                    next_up = next_up or next(requests)
                 except StopIteration:
                     exhausted = True
                     break
-                if request is not None:
-                    self._engine.submit(request)
-                elif time.monotonic() - looked > LOOK_SECONDS:
-                    break
+                if next_up is None:
+                    if self._idle or time.monotonic() - looked > LOOK_SECONDS:
+                        break
+                elif self._engine.unfinished >= self._at_once():
+                    break  # it is the first of a shard of which fewer may run
+                else:
+                    self._submit(next_up)
+                    next_up = None
             self._journal()
             if self._engine.unfinished:
                 self._step()
                 self._journal()
+            elif self._idle:
+                self.tally.running = 0
+                time.sleep(IDLE_SECONDS)
+            self.tally.retries = self._task.source.retries + store.retries - before
             watch(self.tally)
         self.tally.speculation = self._engine.report()
         assert not self._open, "every shard is committed when nothing is left to generate"
 
-    def _requests(self, shards: Iterable[Shard]) -> Iterator[Request | None]:
+    def _at_once(self) -> int:
+        """How many rows may run."""
+        return min((attempt.at_once for attempt in self._open if attempt.suspicious), default=self._engine.capacity)
+
+    def _submit(self, request: Request) -> None:
+        attempt, _ = self._rows[request.key]  # type: ignore[index]
+        attempt.begin((request.row_id, request.sample))
+        self._engine.submit(request)
+
+    def _requests(self, shards: Iterable[Shard | Piece | None]) -> Iterator[Request | None]:
         """Every sample that is still to be generated; None where a row or the end of a shard needs no engine."""
-        samples = self._task.sampling.n
-        for shard in shards:
-            opened = self._claim(shard)
-            for row in self._renderer.rows(screen.rows(self._read(opened))):
-                for sample in range(samples):
-                    if (row.row_id, sample) in opened.journal.done:
-                        yield None
-                        continue
-                    if row.verdict is not None:
-                        self._refuse(opened, row, sample)
-                        yield None
-                        continue
-                    assert row.prompt_token_ids is not None
-                    key = (shard.key, row.index, sample)
-                    self._rows[key] = (opened, row)
-                    yield Request(key, row.row_id, sample, row.prompt_token_ids, row.sampling)
-            unknown = {row_id for row_id, _ in opened.journal.done}.difference(opened.order)
-            if unknown:
-                raise OutputConflictError(
-                    f"{self._task.output}: the journal of {shard.part_name} holds row {min(unknown)!r}, {shard.file} "
-                    f"has no such row; without input.id rows are named by their place below input.path: put that back"
-                )
-            opened.read = True
+        stream = iter(shards)
+        while True:
+            back = next((attempt for attempt in self._open if attempt.returned), None)
+            if back is not None:
+                yield from self._samples(back, back.again(back.returned.pop()))
+                back.done_again()
+                yield None
+                continue
+            try:
+                item = next(stream)
+            except StopIteration:
+                return
+            if item is None:
+                self._idle = True
+                yield None
+                continue
+            attempt = self._begin(item)
+            if attempt is None:
+                continue
+            yield from self._samples(attempt, attempt.rows())
+            attempt.all_begun()
             yield None
 
-    def _claim(self, shard: Shard) -> _OpenShard:
-        task = self._task
-        lease.verify(task.sink, task.output, task.epoch)
-        part, again, attempts = None, None, {}
-        if shard.key in task.again:
-            part = write.load(task.sink, task.again[shard.key], task.schema)
-            failed = pc.equal(part.table["status"], "error")
-            again = part.commit, part.table.filter(pc.invert(failed))
-            rows = part.table.select(["row_id", "sample", "attempts"]).filter(failed).to_pylist()
-            attempts = {(row["row_id"], row["sample"]): row["attempts"] for row in rows}
-        journal = Journal.claim(
-            task.sink,
-            task.output,
-            shard,
-            task.schema,
-            worker=task.worker,
-            epoch=task.epoch,
-            again=again,
-            max_rows=task.journal_rows,
-            max_seconds=task.journal_seconds,
-        )
-        opened = _OpenShard(shard, journal, part, attempts)
-        self._open.append(opened)
-        standing = again[1].num_rows if again else 0
-        self.tally.standing += standing
-        self.tally.resumed += len(journal.done) - standing
-        return opened
+    def _begin(self, item: Shard | Piece) -> Attempt | None:
+        """None where there is nothing to do."""
+        capacity = self._engine.capacity
+        if isinstance(item, Piece):
+            attempt = Attempt.join(self._task, item, capacity)
+            self.refused += [] if attempt else [item]
+        else:
+            attempt = Attempt.claim(self._task, item, capacity)
+            self.ended += [] if attempt else [item]
+        if attempt is not None:
+            self._open.append(attempt)
+            self.tally.standing += attempt.standing
+            self.tally.resumed += 0 if attempt.piece else len(attempt.journal.done) - attempt.standing
+        return attempt
 
-    def _read(self, opened: _OpenShard) -> Iterator[Row]:
-        for row in read.rows(self._task.source, opened.shard, self._task.columns, self._task.sampling):
-            opened.order.append(row.row_id)
-            yield row
+    def _samples(self, attempt: Attempt, rows: Iterable[Row]) -> Iterator[Request | None]:
+        """The samples of `rows` that are not in the journal; the one that may be to blame for a death after others."""
+        suspect: Request | None = None
+        for row in self._renderer.rows(screen.rows(rows)):
+            for sample in range(self._task.sampling.n):
+                key = (row.row_id, sample)
+                if key in attempt.journal.done:
+                    yield None
+                elif row.verdict is not None or key == attempt.journal.condemned:
+                    self._refuse(attempt, row, sample)
+                    if key == attempt.journal.condemned:
+                        attempt.journal.flush()  # what it took so many deaths to find out
+                    yield None
+                elif key == attempt.journal.suspect:
+                    suspect = self._request(attempt, row, sample)
+                else:
+                    yield self._request(attempt, row, sample)
+                if suspect is not None and attempt.others_begun:
+                    yield suspect
+                    suspect = None
+        if suspect is not None:
+            yield suspect
 
-    def _refuse(self, opened: _OpenShard, row: Row, sample: int) -> None:
-        assert row.verdict is not None
-        if row.verdict.status == "error":
-            self.tally.error += 1
+    def _request(self, attempt: Attempt, row: Row, sample: int) -> Request:
+        assert row.prompt_token_ids is not None
+        key = (attempt.shard.key, row.index, sample)
+        self._rows[key] = (attempt, row)
+        attempt.running += 1
+        return Request(key, row.row_id, sample, row.prompt_token_ids, row.sampling)
+
+    def _refuse(self, attempt: Attempt, row: Row, sample: int) -> None:
+        """Record a row that is not generated: for its verdict, or because it kills its worker."""
+        verdict = row.verdict or DIED
+        if verdict.status == "error":
+            self.tally.failed(verdict.error_type)
         else:
             self.tally.skipped += 1
-        names = {"engine": self._engine.name, "worker": self._task.worker, "shard": opened.shard.key}
-        self._add(opened, record.refused(row, row.verdict, sample, **names))
+        attempt.record(record.refused(row, verdict, sample, **self._names(attempt)))
+
+    def _names(self, attempt: Attempt) -> dict[str, str]:
+        return {"engine": self._engine.name, "worker": self._task.worker, "shard": attempt.shard.key}
 
     def _step(self) -> None:
         began = time.perf_counter()
@@ -271,53 +270,29 @@ class Worker:
         self.tally.running = self._engine.running
         self.tally.generated_tokens = self._engine.num_tokens
         for completion in completions:
-            opened, row = self._rows.pop(completion.key)  # type: ignore[call-overload]
+            attempt, row = self._rows.pop(completion.key)  # type: ignore[call-overload]
             self.tally.count(completion)
-            names = {"engine": self._engine.name, "worker": self._task.worker, "shard": opened.shard.key}
-            self._add(opened, record.finished(row, completion, **names))
+            attempt.running -= 1
+            attempt.record(record.finished(row, completion, **self._names(attempt)))
         if completions:
             self._gate()
 
-    @staticmethod
-    def _add(opened: _OpenShard, row: dict[str, Any]) -> None:
-        row["attempts"] += opened.attempts.get((row["row_id"], row["sample"]), 0)
-        opened.journal.add(row)
-
     def _journal(self) -> None:
         """Commit complete shards and journal what has waited long enough."""
-        for opened in list(self._open):
-            if opened.complete(self._task.sampling.n):
-                self._commit(opened)
-                self._open.remove(opened)
-            elif opened.journal.due(time.monotonic()):
-                opened.journal.flush()
-
-    def _commit(self, opened: _OpenShard) -> None:
-        """Write the part in input order; that PUT is the commit, after which the journal is of no use."""
-        place = {row_id: i for i, row_id in enumerate(opened.order)}
-        table = opened.journal.table()
-        keys = list(zip(table["row_id"].to_pylist(), table["sample"].to_pylist(), strict=True))
-        order = sorted(range(len(keys)), key=lambda i: (place[keys[i][0]], keys[i][1]))
-        metadata = {
-            **self._task.metadata,
-            "file": opened.shard.file,
-            "file_version": opened.shard.version,
-            "rows": f"{opened.shard.start}-{opened.shard.stop}",
-            "lease_epoch": str(self._task.epoch),
-        }
-        lease.verify(self._task.sink, self._task.output, self._task.epoch)
-        rows, sink = table.take(order), self._task.sink
-        if opened.part is None:
-            mine = write.commit(sink, self._task.output, opened.shard, rows, metadata=metadata)
-        else:
-            mine = write.replace(sink, opened.part, opened.shard, rows, metadata=metadata)
-        opened.journal.remove()
-        self.tally.parts += 1
-        what = "committed" if mine else "already committed by another run; this one's rows are dropped:"
-        log.info("part %s %s", what, opened.shard.part_name)
+        for attempt in list(self._open):
+            if attempt.complete:
+                if attempt.piece is None:
+                    attempt.commit()
+                    self.tally.parts += 1
+                else:
+                    attempt.journal.flush()
+                self._open.remove(attempt)
+                self.ended.append(attempt.piece or attempt.shard)
+            elif attempt.due:
+                attempt.journal.flush()
 
     def _drain(self) -> None:
-        kept = sum(len(opened.journal.done) for opened in self._open)
+        kept = sum(len(attempt.journal.done) for attempt in self._open)
         raise DrainedError(
             f"drained: {kept} rows of {len(self._open)} unfinished shards are journalled in {self._task.output}; "
             f"the same command goes on from there"

@@ -48,6 +48,17 @@ def parts(store: Store, output_url: str) -> dict[str, str]:
     return found
 
 
+def stands(store: Store, output_url: str, shard: Shard) -> bool:
+    """Whether the shard has its part, asked without a listing."""
+    folder = output_url.rstrip("/")
+    try:
+        name = store.read(f"{folder}/{STATE_FOLDER}/names/{shard.key}").decode(errors="replace")
+        store.info(f"{folder}/{name}")
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def commit(store: Store, output_url: str, shard: Shard, table: pa.Table, *, metadata: Mapping[str, str]) -> bool:
     """Make `table`, rows in the order given, the shard's part; False when the shard has one already.
 

@@ -38,6 +38,8 @@ def device(spec: Spec) -> str:
     """`cpu` or `cuda`, as the job file says or the machine has."""
     if spec.engine.device != "auto":
         return spec.engine.device
+    if spec.workers.gpus:  # of other machines than this one
+        return "cuda"
     if not Path("/proc/driver/nvidia").exists():
         return "cpu"
     import torch
@@ -115,6 +117,11 @@ def _vllm(
     from batchgen.engines.vllm_process import speculative_config
 
     options, tree = dict(spec.engine.options), spec.speculation.tree
+    if spec.on_ray and device(spec) == "cuda":
+        # Inside an actor vLLM would start actors of its own, whose GPUs this one holds already.
+        options.setdefault("distributed_executor_backend", "mp")
+        if (share := spec.workers.gpus or 1) < 1:
+            options.setdefault("gpu_memory_utilization", round(0.9 * share, 3))
     sampled = spec.sampling.temperature > 0 or "temperature" in spec.input.sampling
     if sampled and tree != "off" and (draft is not None or speculative_config(options)):
         if device(spec) == "cpu":
@@ -196,7 +203,7 @@ def capture(spec: Spec, target: Model, at: Sequence[int], out_dtype: str) -> Cap
 
 
 def _target(spec: Spec, target: Model) -> Target:
-    """The torch engine's target, loaded, with every core at its service."""
+    """The torch engine's target, loaded, with every core at its service that is its worker's."""
     import os
 
     import torch
@@ -206,7 +213,11 @@ def _target(spec: Spec, target: Model) -> Target:
     on = torch.device(device(spec))
     if on.type == "cuda" and not torch.cuda.is_available():
         raise ModelError("engine.device is cuda, but torch sees no CUDA device; say cpu or auto")
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    # Ray tells its workers by this variable how many cores are theirs.
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 0) or len(os.sched_getaffinity(0)))
+    share = spec.workers.gpus or 1
+    if on.type == "cuda" and share < 1:
+        torch.cuda.set_per_process_memory_fraction(share)
     return Target(target.path, getattr(torch, dtype(spec)), on)
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import hashlib
+import os
+import signal
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
@@ -30,12 +32,13 @@ class Script:
     """What a rehearsal does beside answering; `engine.options` in the job file.
 
     `step_s`: seconds a step takes. `tokens_per_step`: tokens every running row gains in it. `fail`: patterns of row ids
-    (as in a shell) that end as errors.
+    (as in a shell) that end as errors. `kill`: of those that kill the process in their first step.
     """
 
     step_s: float = 0.0
     tokens_per_step: int = 16
     fail: tuple[str, ...] = ()
+    kill: tuple[str, ...] = ()
 
     @staticmethod
     def of(options: Mapping[str, Any]) -> Script:
@@ -45,6 +48,7 @@ class Script:
             SpecError: an option does not exist or has another type.
         """
         kinds = {"step_s": (int, float), "tokens_per_step": (int,), "fail": (list, tuple)}
+        kinds["kill"] = kinds["fail"]
         problems = [
             f"engine.options.{name}: the rehearsal engine has no such option; it has {', '.join(kinds)}"
             for name in options
@@ -61,11 +65,13 @@ class Script:
                 problems.append(f"engine.options.tokens_per_step: found {found}, expected 1 or more")
             if options.get("step_s", 0) < 0:
                 problems.append(f"engine.options.step_s: found {options['step_s']}, expected 0 or more seconds")
-            if not all(isinstance(pattern, str) for pattern in options.get("fail", ())):
-                problems.append("engine.options.fail: expected a list of row id patterns, as text")
+            for name in ("fail", "kill"):
+                if not all(isinstance(pattern, str) for pattern in options.get(name, ())):
+                    problems.append(f"engine.options.{name}: expected a list of row id patterns, as text")
         if problems:
             raise SpecError(*problems)
-        return Script(**{**options, "fail": tuple(options.get("fail", ()))})
+        patterns = {name: tuple(options.get(name, ())) for name in ("fail", "kill")}
+        return Script(**{**options, **patterns})
 
 
 @dataclasses.dataclass(slots=True)
@@ -120,6 +126,8 @@ class RehearsalEngine:
         self.running = len(self._rows)
         if self._script.step_s:
             time.sleep(self._script.step_s)
+        if any(_named(row.request, self._script.kill) for row in self._rows):
+            os.kill(os.getpid(), signal.SIGKILL)
         ended = []
         for row in self._rows:
             if row.first_token is None:
@@ -137,7 +145,7 @@ class RehearsalEngine:
 
     def _completion(self, row: _Running) -> Completion:
         request, now = row.request, time.perf_counter()
-        if any(fnmatch.fnmatchcase(request.row_id, pattern) for pattern in self._script.fail):
+        if _named(request, self._script.fail):
             failed = Completion(request.key, request.sample, [], "", "error", Acceptance())
             return dataclasses.replace(failed, error_type="scripted", error="engine.options.fail names this row")
         token_ids = row.token_ids[: request.sampling.max_tokens]
@@ -159,6 +167,10 @@ class RehearsalEngine:
             prefill_s=row.first_token - row.admitted,
             decode_s=now - row.first_token,
         )
+
+
+def _named(request: Request, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(request.row_id, pattern) for pattern in patterns)
 
 
 def answer(request: Request) -> str:

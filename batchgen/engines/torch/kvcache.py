@@ -79,7 +79,9 @@ def _round(slots: int, length: int) -> tuple[int, int]:
 def free_bytes(device: torch.device) -> int:
     """Memory that a new allocation could take, in bytes; on a CPU at most what the container may have."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        free, total = torch.cuda.mem_get_info(device)
+        share = torch.cuda.get_per_process_memory_fraction(device)
+        return min(free, int(share * total) - torch.cuda.memory_reserved(device))
     lines = Path("/proc/meminfo").read_text().splitlines()
     available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     limit = Path("/sys/fs/cgroup/memory.max")
