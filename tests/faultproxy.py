@@ -121,7 +121,7 @@ class _Handler(BaseHTTPRequestHandler):
             data = data[:half] + bytes([data[half] ^ 1]) + data[half + 1 :]
         self._answer(status, headers, data, cut=half if fault and fault.do == "truncate" else None)
 
-    do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = _pass  # the base class' names
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = _pass  # the base class' names
 
     def _forward(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
         upstream = urllib.parse.urlsplit(self.faulty.upstream)
@@ -131,13 +131,15 @@ class _Handler(BaseHTTPRequestHandler):
             connection.request(self.command, self.path, body=body, headers=headers)
             answer = connection.getresponse()
             kept = [(name, value) for name, value in answer.getheaders() if name.lower() not in _NOT_PASSED_ON]
+            if self.command == "HEAD":  # which has no body, and says how long it would be
+                kept += [("Content-Length", answer.getheader("Content-Length", "0"))]
             return answer.status, kept, answer.read()
 
     def _answer(self, status: int, headers: list[tuple[str, str]], data: bytes, *, cut: int | None) -> None:
         self.send_response(status)
         for name, value in headers:
             self.send_header(name, value)
-        if status != http.HTTPStatus.NO_CONTENT:
+        if status != http.HTTPStatus.NO_CONTENT and "Content-Length" not in dict(headers):
             self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data[:cut])

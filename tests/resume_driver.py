@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sys
 
-from batchgen import cluster, job, record, spec
+from batchgen import job, record, spec
 from batchgen.engines.rehearsal import RehearsalEngine, Script
 from batchgen.lease import Lease
+from batchgen.worker import Worker
 
 
 class Logged(RehearsalEngine):
@@ -23,4 +24,4 @@ found = job.prepare(loaded)
 with Lease.take(found.sink, found.output, ttl_s=loaded.checkpoint.lease_seconds) as lease:
     engine = Logged(batch_size=loaded.batch_size, script=Script.of(loaded.engine.options))
     task = found.task(lease.epoch)
-    cluster.run(task, found.todo, engine, found.renderer, draining=lambda: False, watch=lambda tally: None)
+    Worker(task, engine, found.kit.renderer).run(found.todo)

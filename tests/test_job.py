@@ -273,7 +273,8 @@ def test_a_submit_that_never_finished_a_row_leaves_the_folder_free(tmp_path):
 def test_rows_that_need_no_engine_are_journalled_and_drained_all_the_same(tmp_path):
     table = prompts(tmp_path, 1)
     pl.concat([table] * 200_000).with_columns(id=pl.lit(None, pl.String)).write_parquet(tmp_path / "in.parquet")
-    job = job_file(tmp_path, **REHEARSAL, checkpoint={"rows_per_part": 200_000, "journal_rows": 1000})
+    checkpoint = {"rows_per_part": 200_000, "journal_rows": 1000}
+    job = job_file(tmp_path, **REHEARSAL, checkpoint=checkpoint, max_error_rate=1.0)
     process = subprocess.Popen(
         [sys.executable, "-m", "batchgen", "submit", job], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -347,7 +348,7 @@ def test_help_says_what_to_run_and_what_exit_codes_mean():
     for line in (
         "  batchgen plan jobs/quickstart.yaml      what would run\n",
         "  Exit codes: 0 done;",
-        "  73 the output holds another job's rows; 75 drained, or another run holds the",
+        "  73 the output holds another job's rows; 75 drained, Ray gone, or another run holds",
     ):
         assert line in shown
 

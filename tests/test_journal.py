@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from batchgen import journal, record
 from batchgen.errors import CorruptOutputError, OutputConflictError, StoreError
 from batchgen.journal import Journal
-from batchgen.record import Shard
+from batchgen.record import Piece, Shard
 from batchgen.store import STATE_FOLDER, connect
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def test_a_zombie_of_a_removed_journal_cannot_join_the_new_one(anywhere: Anywher
 def test_two_journals_under_one_claim_are_found_out(tmp_path: Any) -> None:
     store = connect(str(tmp_path))
     one = claim(store, str(tmp_path))
-    twin = Journal(store, one._folder, one._claim, SCHEMA, [], max_rows=64, max_seconds=20.0)
+    twin = Journal(store, one._folder, one._claim, SCHEMA, {}, max_rows=64, max_seconds=20.0)
     one.add(row(1))
     one.flush()
     twin.add(row(2))
@@ -302,6 +302,70 @@ def test_a_flush_whose_answer_is_lost_counts_once(faults: FaultProxy, gcs_folder
         "claim-0001.json",
         "claim-0002.json",
     ]
+
+
+def piece(owner: Journal) -> Piece:
+    return Piece(SHARD, 50, 100, owner.claim_name, uuid.uuid4().hex[:12])
+
+
+def helper(store: Any, folder: str, piece: Piece) -> Journal:
+    joined = Journal.join(store, folder, piece, SCHEMA)
+    assert joined is not None
+    return joined
+
+
+def test_a_helpers_rows_are_the_owners_and_of_who_comes_after_it(anywhere: Anywhere) -> None:
+    folder, options = anywhere
+    store = connect(folder, options)
+    owner = claim(store, folder)
+    owner.add(row(0))
+    owner.flush()
+    mine, yours = piece(owner), piece(owner)
+    first, second = helper(store, folder, mine), helper(store, folder, yours)
+    assert first.done == {("r0", 0)}
+    first.add(row(1))
+    second.add(row(2))
+    first.flush()
+    owner.merge(mine)
+    assert keys(owner.table()) == [("r0", 0), ("r1", 0)]
+    second.flush()
+    owner.merge(yours)
+    assert keys(owner.table()) == [("r0", 0), ("r1", 0), ("r2", 0)]
+    assert keys(claim(store, folder).table()) == [("r0", 0), ("r1", 0), ("r2", 0)]
+
+
+def test_rows_that_two_helpers_did_stand_once(tmp_path: Any) -> None:
+    """One was thought dead, its rows were done again, and it wakes up."""
+    store, folder = connect(str(tmp_path)), str(tmp_path)
+    owner = claim(store, folder)
+    lost = piece(owner)
+    zombie = helper(store, folder, lost)
+    zombie.add(row(1))
+    owner.add(row(1))
+    owner.add(row(2))
+    owner.flush()
+    zombie.flush()
+    assert helper(store, folder, piece(owner)).done == {("r1", 0), ("r2", 0)}
+    owner.merge(lost)
+    assert keys(owner.table()) == [("r1", 0), ("r2", 0)]
+    assert keys(claim(store, folder).table()) == [("r1", 0), ("r2", 0)]
+
+
+def test_nobody_helps_under_a_claim_that_is_over(anywhere: Anywhere) -> None:
+    folder, options = anywhere
+    store = connect(folder, options)
+    owner = claim(store, folder)
+    given = piece(owner)
+    late = helper(store, folder, given)
+    late.add(row(1))
+    following = claim(store, folder)
+    assert Journal.join(store, folder, given, SCHEMA) is None
+    late.flush()
+    following.merge(given)
+    assert following.done == set()
+    now = piece(following)
+    following.remove()
+    assert Journal.join(store, folder, now, SCHEMA) is None
 
 
 def test_the_journal_stands_where_no_table_reader_looks(tmp_path: Any) -> None:

@@ -71,6 +71,8 @@ schema = pa.schema([("row_id", pa.string()), ("sample", pa.int32())])
 filesystems.gcs()
 if folder.startswith("s3"):
     import s3fs
+if folder.startswith("az"):
+    filesystems.azure()
 journal._decode(journal._encode(schema.empty_table()))  # Arrow imports pandas at the first use
 
 def work():
@@ -99,7 +101,7 @@ for turn in range(10):
 
 def test_killed_workers_lose_no_flushed_row(anywhere: Anywhere) -> None:
     folder, options = anywhere
-    longest_s = {"gs": 0.3, "s3": 2.0}.get(folder[:2], 0.1)  # a client of S3 takes its time to start
+    longest_s = {"gs": 0.3, "s3": 2.0, "az": 3.0}.get(folder[:2], 0.1)  # a client of S3 takes its time to start
     command = [sys.executable, "-c", KILLED_WORKERS, folder, json.dumps(options), str(longest_s)]
     answered = subprocess.run(command, check=True, timeout=60, capture_output=True, text=True).stdout.split()
     schema = pa.schema([("row_id", pa.string()), ("sample", pa.int32())])
@@ -123,6 +125,8 @@ write._encode(rows, {})  # Arrow imports pandas at the first use
 filesystems.gcs()
 if folder.startswith("s3"):
     import s3fs
+if folder.startswith("az"):
+    filesystems.azure()
 
 def work(turn):
     store = connect(folder, options)
@@ -145,7 +149,7 @@ for turn in range(8):
 
 def test_killed_committers_leave_whole_parts_and_none_twice(anywhere: Anywhere) -> None:
     folder, options = anywhere
-    longest_s = {"gs": 0.5, "s3": 2.0}.get(folder[:2], 0.25)
+    longest_s = {"gs": 0.5, "s3": 2.0, "az": 3.0}.get(folder[:2], 0.25)
     command = [sys.executable, "-c", KILLED_COMMITTERS, folder, json.dumps(options), str(longest_s)]
     answered = subprocess.run(command, check=True, timeout=60, capture_output=True, text=True).stdout.split()
     store = connect(*anywhere)

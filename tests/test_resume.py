@@ -94,7 +94,7 @@ def wait_until_ready(process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 def test_ten_kills_lose_no_row_double_none_and_change_no_text(tmp_path):
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     undisturbed.mkdir()
@@ -180,7 +180,7 @@ def test_a_signal_drains_and_the_next_submit_goes_on(tmp_path, number):
     assert found["rows_journalled"] == int(drained) > 0, "what was finished was written before the end"
     last = batchgen("submit", job)
     assert last.returncode == 0
-    assert "taken over from an earlier run's journal" in last.stdout
+    assert "taken over from journals" in last.stdout
     assert len(rows(tmp_path / "out")) == 60
 
 

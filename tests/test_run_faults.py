@@ -198,6 +198,23 @@ def test_a_full_disk_is_named_and_the_job_goes_on_when_there_is_room(tmp_path: P
     assert len(table(f"{tmp_path}/out")) == 400
 
 
+def test_a_row_that_kills_its_process_is_found_by_submitting_again(zygote: Zygote, tmp_path: Path) -> None:
+    """A worker in process has nobody to begin again but who submits: the journal remembers."""
+    rows = 40
+    job = job_file(tmp_path, f"{tmp_path}/out", rows=rows, rows_per_part=20)
+    sections = yaml.safe_load(job.read_text())
+    sections |= {"engine": {"kind": "rehearsal", "options": {"kill": ["row-0013"]}}, "max_error_rate": 0.1}
+    job.write_text(yaml.safe_dump(sections))
+    codes = []
+    while not codes or codes[-1] != 0:
+        codes.append(zygote.submit(job))
+        assert len(codes) < 12
+    assert set(codes[:-1]) == {-signal.SIGKILL}
+    failed = [row for row in table(f"{tmp_path}/out") if row["status"] != "ok"]
+    assert [row["row_id"] for row in failed] == ["row-0013"]
+    assert len(table(f"{tmp_path}/out")) == rows
+
+
 def test_an_output_that_cannot_be_written_is_named(zygote: Zygote, tmp_path: Path) -> None:
     assert zygote.submit(job_file(tmp_path, "/sys/batchgen/out")) == 1
     assert "error: create /sys/batchgen/out/__batchgen/lease.json: " in zygote.said

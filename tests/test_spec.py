@@ -83,7 +83,7 @@ def test_all_problems_are_reported_at_once_by_line() -> None:
     said = problems(
         'name: "{{ nope }}"\ninput: {path: "in", message: m}\nmodel: {target: t, draft: 3}\n'
         "sampling:\n  n: 4\n  top_p: 2\n  n: 5\noutput: {path: in}\n",
-        "workers.count=2",
+        "workers.gpus=1",
         "engin.kind=torch",
     )
     assert [": ".join(line.split(": ")[:2]) for line in said] == [
@@ -96,7 +96,7 @@ def test_all_problems_are_reported_at_once_by_line() -> None:
         "job.yaml:7: sampling.n",
         "job.yaml:8: output.path",
         "--set engin.kind: unknown key; kind belongs under engine",
-        f"--set workers.count: {said[-1].split(': ')[1]}",
+        f"--set workers.gpus: {said[-1].split(': ')[1]}",
     ]
 
 

@@ -287,7 +287,7 @@ def test_a_folder_that_cannot_be_listed_is_an_error_and_not_empty(tmp_path: Path
             return super().ls(path, detail=detail, **kwargs)
 
     (tmp_path / "sub").mkdir()
-    store = Store("", Broken(), (OSError,))
+    store = Store("", Broken(), (OSError,), ("", None))
     for act in (store.find, lambda folder: store.glob(f"{folder}/**/*.parquet")):
         with pytest.raises(StoreError, match=r"PermissionError: .*/sub"):
             act(str(tmp_path))
@@ -307,7 +307,7 @@ def test_mistakes_are_named(gcs: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^x://b: cannot connect: ValueError: Protocol not known: x$"):
         connect("x://b")
     with pytest.raises(StoreError, match=r"^put http://b/x: http:// has no atomic create; write to gs://"):
-        Store("http", filesystems.Memory(), (OSError,)).put("http://b/x", b"")
+        Store("http", filesystems.Memory(), (OSError,), ("http://b", None)).put("http://b/x", b"")
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StoreError, match=rf"^put {tmp_path}/file/x: NotADirectoryError"):
         connect(str(tmp_path)).put(f"{tmp_path}/file/x", b"")

@@ -102,6 +102,15 @@ def test_a_create_that_lost_its_answer_and_then_the_race_is_not_told_it_won(
     assert not store.create(f"{folder}/x", b"mine")
 
 
+def test_many_deletes_of_which_some_always_fail_come_to_an_end(faulty: tuple[str, Store], faults: FaultProxy) -> None:
+    folder, store = faulty
+    for i in range(40):
+        store.create(f"{folder}/{i}", b"x")
+    faults.faults = [Fault("^DELETE", "reset", skip=5 * i) for i in range(1000)]
+    store.remove(folder)
+    assert store.find(folder) == {}
+
+
 def test_a_delete_that_was_applied_is_not_missed(faulty: tuple[str, Store], faults: FaultProxy) -> None:
     folder, store = faulty
     store.put(f"{folder}/x", b"")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,7 @@ class Bench:
     def __init__(self) -> None:
         self.path = models.fetch("demo:smollm2-135m").path
         self.tokenizer = AutoTokenizer.from_pretrained(self.path)
-        torch.set_num_threads(2)
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
 
     def prompts(self, name: str, num: int) -> list[list[int]]:
         messages = pq.read_table(ROOT / f"examples/prompts/{name}.parquet")["messages"].to_pylist()[:num]

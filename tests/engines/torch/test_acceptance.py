@@ -21,6 +21,7 @@ MEASURED_BY_VLLM = {
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_acceptance_by_depth_of_a_greedy_chain_equals_vllms(bench):
     engine = bench.engine(Shape(4, 1, 4), dtype=torch.bfloat16)
     for name in MEASURED_BY_VLLM:
