@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from results import write
 
-from batchgen import engines, job, report, spec
+from batchgen import job, report, spec
 from batchgen.lease import Lease
 from batchgen.record import Request, Sampling
 from batchgen.worker import Worker
@@ -73,7 +73,7 @@ def whole_job(prepared: Job, engine: Any, out: str) -> float:
     began = time.perf_counter()
     made = dataclasses.replace(prepared, spec=prepared.spec.model_copy(update={"output": spec.OutputSpec(path=out)}))
     with Lease.take(made.sink, made.output, ttl_s=made.spec.checkpoint.lease_seconds) as lease:
-        tally = Worker(made.task(lease.epoch), engine, made.renderer).run(made.todo)
+        tally = Worker(made.task(lease.epoch), engine, made.kit.renderer).run(made.todo)
     summary = report.summarise(made.sink, made.output, made.plan, 1)
     assert not summary.problems, summary.problems
     return tally.completion_tokens / (time.perf_counter() - began)
@@ -106,10 +106,10 @@ def main() -> None:
         made = job.prepare(
             spec.load(str(EXAMPLES.parent / "jobs/quickstart.yaml"), [f"{k}={v}" for k, v in asked.items()])
         )
-        engine: Any = engines.build(made.spec, made.target, None, made.renderer.decode, Path(folder))
+        engine: Any = made.kit.engine(Path(folder))
         sampling = Sampling(max_tokens=args.max_tokens)
         chats = table(args.rows)["messages"].to_pylist()
-        tokenizer = made.renderer._tokenizer  # noqa: SLF001
+        tokenizer = made.kit.renderer._tokenizer  # noqa: SLF001
         prompts = [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False) for c in chats]
         loop(engine, prompts[: args.batch_size], sampling)
         loops, jobs, ratios = [loop(engine, prompts, sampling)], [], []
