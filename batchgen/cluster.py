@@ -20,6 +20,7 @@ import signal
 import tempfile
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,8 @@ log = logging.getLogger("batchgen.cluster")
 DRAIN_SECONDS = 22.0
 # Deaths in a row, for each of up to four workers, without one finished row in between: it is not the rows, then.
 DEATHS_IN_A_ROW = 12
+# Workers that died on one node before they had an engine: it is the node, then, and others take its place.
+FALLEN_ON_A_NODE = 3
 
 
 def run(
@@ -105,6 +108,7 @@ class _Crew:
         self._hands: dict[Any, _Hand] = {}
         self._num_hired = self._deaths = self._finished = 0
         self._finals: dict[str, Tally] = {}
+        self._fallen: Counter[str] = Counter()  # by node
         self._ray: Any = None
         self._desk: Any = None
 
@@ -163,7 +167,9 @@ class _Crew:
     def _hire(self) -> None:
         name = str(self._num_hired)
         self._num_hired += 1
-        remote = self._ray.remote(num_cpus=self._cpus, num_gpus=self._gpus, max_restarts=0, max_task_retries=0)
+        shunned = self._shunned()
+        where = {"label_selector": {"ray.io/node-id": f"!in({','.join(shunned)})"}} if shunned else {}
+        remote = self._ray.remote(num_cpus=self._cpus, num_gpus=self._gpus, max_restarts=0, max_task_retries=0, **where)
         actor = remote(WorkerActor).remote()
         hand = _Hand(name, actor, actor.hello.remote(), time.monotonic())
         self._hands[hand.waiting] = hand
@@ -221,6 +227,10 @@ class _Crew:
         where = f" on {hand.facts['host']}" if hand.facts else ""
         log.warning("worker %s%s died: %s; its unfinished rows go to others", hand.name, where, why)
         look = self._look()
+        if hand.facts and hand.name not in look.tallies:
+            self._fallen[hand.facts["node"]] += 1
+            if self._fallen[hand.facts["node"]] == FALLEN_ON_A_NODE:
+                log.warning("%d workers died%s before they had an engine; others go elsewhere", FALLEN_ON_A_NODE, where)
         finished = sum(tally.ok for tally in look.tallies.values())
         self._deaths = 1 if finished > self._finished else self._deaths + 1
         self._finished = finished
@@ -229,6 +239,11 @@ class _Crew:
                 f"workers died {self._deaths} times and finished no row in between, the last one of: {why}; finished "
                 f"rows are journalled"
             )
+
+    def _shunned(self) -> list[str]:
+        """Nodes where workers die before they work, if there are others."""
+        fallen = {node for node, deaths in self._fallen.items() if deaths >= FALLEN_ON_A_NODE}
+        return sorted(fallen) if {node["NodeID"] for node in self._ray.nodes() if node["Alive"]} - fallen else []
 
     def _replace_silent(self, look: Look) -> None:
         limits = self._spec.workers

@@ -47,9 +47,9 @@ def job_file(folder: Path, rows: int = 120, *, name: str = "job", **changes: Any
     return file
 
 
-def submit(job: Path, *more: str) -> subprocess.CompletedProcess[str]:
+def submit(job: Path, *more: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "batchgen", "submit", str(job), *more]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
 
 
 @contextlib.contextmanager
@@ -230,7 +230,9 @@ NODES = """
 import json, os, sys, time
 os.environ.update(RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0", RAY_USAGE_STATS_ENABLED="0")
 from ray.cluster_utils import Cluster
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+environment = json.loads(sys.argv[1]) if sys.argv[1:] else {}
+head = {"num_cpus": 1, "include_dashboard": False, "env_vars": environment}
+cluster = Cluster(initialize_head=True, head_node_args=head)
 second = cluster.add_node(num_cpus=1)
 print(cluster.address, flush=True)
 for line in sys.stdin:
@@ -257,3 +259,19 @@ def test_a_cluster_of_two_nodes_one_of_which_dies(tmp_path: Path, expected: dict
         nodes.stdin.close()
     assert answers(job) == expected
     assert "died" in said
+
+
+def test_a_node_on_which_no_engine_starts_is_left_for_another(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", NODES, json.dumps({"OMP_NUM_THREADS": "broken"})]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as nodes:
+        assert nodes.stdin is not None
+        assert nodes.stdout is not None
+        workers = {"count": 1, "address": nodes.stdout.readline().strip()}
+        engine = {"kind": "torch", "options": {}}
+        job = job_file(tmp_path, 3, workers=workers, engine=engine, sampling={"max_tokens": 2})
+        done = submit(job, RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")
+        nodes.stdin.close()
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("died: ValueError") == 3
+    assert "before they had an engine" in done.stderr
+    assert len(answers(job)) == 3
