@@ -43,6 +43,9 @@ class _Commands(click.Group):
             ctx.exit(e.exit_code)
 
 
+_FORMS = ("speculators", "speculators-states", "specforge", "modelopt", "messages", "sharegpt")
+
+
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, package_name="batchgen")
 def main() -> None:
@@ -53,6 +56,7 @@ def main() -> None:
     batchgen submit jobs/quickstart.yaml    run what is left of it
     batchgen status jobs/quickstart.yaml    how far it is
     batchgen features jobs/quickstart.yaml  hidden states of its rows
+    batchgen export jobs/quickstart.yaml --form speculators --to data  its rows as training data
 
     \b
     Exit codes: 0 done; 1 too many error rows, or rows are missing; 2 bad job file, input or model;
@@ -165,6 +169,42 @@ def features(
 
     work = features.run(loaded, to=to, layers=at, dtype=dtype, draining=drain.requested, started=started, stored=stored)
     click.echo(terminal.as_json(work) if as_json else f"features: {work.folder} ({len(work.files):,} files)")
+
+
+@main.command()
+@_SPEC
+@_SET
+@click.option("--form", type=click.Choice(_FORMS), required=True, help="Whose input it is to be.")
+@click.option("--to", metavar="FOLDER", required=True, help="Where to; an earlier export there is replaced.")
+@click.option("--where", metavar="SQL", help="Rows to take, over the output's columns: acceptance_rate < 0.5")
+@click.option("--sample", type=click.FloatRange(0, min_open=True), help="That many at random, or below 1 that share.")
+@click.option(
+    "--hold-out", type=click.FloatRange(0, 1, max_open=True), default=0.0, help="Share of rows kept for validation."
+)
+@click.option("--states", metavar="FOLDER", help="Where the hidden states are; by default where `features` puts them.")
+@_JSON
+def export(
+    spec: str,
+    overrides: tuple[str, ...],
+    form: str,
+    to: str,
+    where: str | None,
+    sample: float | None,
+    hold_out: float,
+    states: str | None,
+    as_json: bool,
+) -> None:
+    """Write a job's finished rows as training data for a draft head.
+
+    speculators: JSON lines of token ids and loss mask; speculators-states: the set that its trainer reads, with hidden
+    states; specforge, modelopt: JSON lines of conversations; messages, sharegpt: Parquet. The same rows are chosen
+    whenever and wherever it runs.
+    """
+    loaded = _load(spec, overrides)
+    from batchgen import export, terminal
+
+    done = export.run(loaded, form, to, export.Selection(where, sample, hold_out), states=states)
+    click.echo(terminal.as_json(done) if as_json else terminal.export(done))
 
 
 @main.command()

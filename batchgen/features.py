@@ -117,6 +117,30 @@ def run(
     return work
 
 
+def read(store: Store, folder: str) -> Iterator[tuple[str, Iterator[tuple[tuple[str, int], dict[str, Any]]]]]:
+    """The name of each file in `folder`, with its rows: (row_id, sample), and the row's tensors of the file's names.
+
+    Raises:
+        InputError: there is no file.
+    """
+    import torch
+    from safetensors.torch import load
+
+    found = {url.rsplit("/", 1)[-1]: url for url in store.find(folder.rstrip("/"), recursive=False)}
+    names = sorted(name for name in found if name.startswith("states-"))
+    if not names:
+        raise InputError(f"{folder}: holds no hidden states; run `batchgen features` first")
+    for name in names:
+        data = store.read(found[name])
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        tensors = load(data)
+        lengths = tensors.pop("lengths").tolist()
+        keys = zip(json.loads(header["row_ids"]), json.loads(header["samples"]), strict=True)
+        parts = zip(*(torch.split(tensor, lengths) for tensor in tensors.values()), strict=True)
+        rows = ((key, dict(zip(tensors, part, strict=True))) for key, part in zip(keys, parts, strict=True))
+        yield name.removesuffix(".safetensors"), rows
+
+
 def _check_target(store: Store, output: str, identity: str) -> None:
     try:
         job = json.loads(store.read(f"{output}/{JOB}"))

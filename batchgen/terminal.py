@@ -19,6 +19,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from batchgen.export import Export
     from batchgen.features import Work
     from batchgen.job import Job, Outcome, Survey
     from batchgen.status import Status
@@ -245,6 +246,16 @@ def features(work: Work) -> str:
         f"{len(work.todo):,} of {len(work.files):,} files to do: {tokens:,} tokens, after layers {after}, in "
         f"{work.dtype}: {_bytes(work.num_bytes)}"
     )
+
+
+def export(done: Export) -> str:
+    """What `batchgen export` prints."""
+    apart = f", {done.held_out:,} of them held out" if done.held_out else ""
+    lines = [f"{done.rows:,} rows{apart}: {done.tokens:,} tokens, {done.target_tokens:,} of them the target's own"]
+    lines += [f"left out: {count:,} {why}" for why, count in done.left_out.items() if count]
+    if done.train_data_ratio is not None:
+        lines.append(f"the rows held out are the last: train with --train-data-ratio {done.train_data_ratio:.9f}")
+    return "\n".join([*lines, f"export: {done.folder} ({len(done.files):,} files)"])
 
 
 def garbage(found: list[str], *, removed: bool) -> str:

@@ -25,6 +25,7 @@ FLOORS = [
     {"cluster"},
     {"job"},
     {"features"},
+    {"export"},
     {"terminal"},
     {"cli"},
 ]
@@ -33,7 +34,7 @@ FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 # What only some rooms may import. Engines, speculation and kernels must run where there is torch and little else.
 BARE = {"torch", "transformers", "triton", "safetensors", "numpy", "batchgen_kernels"}
 ONLY_IN = {
-    "torch": {"engines", "features", "batchgen_kernels", "models", "provenance"},
+    "torch": {"engines", "export", "features", "batchgen_kernels", "models", "provenance"},
     "triton": {"batchgen_kernels"},
     "vllm": {"engines"},
     "ray": {"actors", "cluster"},

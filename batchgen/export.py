@@ -1,0 +1,331 @@
+"""A job's finished rows in the forms that trainers of draft heads read.
+
+Token ids are the only lossless source: text that is rendered again by another template, or another version of it, has
+other tokens than those that the target saw and wrote. So `speculators` and `speculators-states` carry ids, with a mask
+of 1 exactly where the target itself wrote the token, its end token included. The other forms are text, which their
+trainers render and mask themselves; there rows that were cut off by length are left out, because a template would end
+them with an end token that the target never wrote, and `<think>` markers are, because those trainers refuse them.
+
+What each trainer expects was read off speculators 0.9 (data_generation/preprocessing.py, train/data.py), SpecForge 0.2
+(data/parse.py) and ModelOpt 0.47 (examples/speculative_decoding).
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import io
+import json
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchgen import features, write
+from batchgen.errors import InputError, OutputConflictError
+from batchgen.store import STATE_FOLDER, connect
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    import polars as pl
+
+    from batchgen.spec import Spec
+    from batchgen.store import Store
+
+MANIFEST = "export.json"
+_SPECULATORS_STATES = "speculators-states"
+_IDS = ("prompt_token_ids", "completion_token_ids")
+
+
+@dataclasses.dataclass(slots=True)
+class Export:
+    """What was written: `left_out` counts finished rows by why they are not in it; `held_out` are among `rows`.
+
+    `train_data_ratio` is what makes speculators' trainer validate on just the rows held out.
+    """
+
+    folder: str
+    form: str
+    files: list[str] = dataclasses.field(default_factory=list)
+    rows: int = 0
+    held_out: int = 0
+    tokens: int = 0
+    target_tokens: int = 0
+    left_out: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    train_data_ratio: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Selection:
+    """Which finished rows are taken.
+
+    where: an SQL expression over the output's columns, such as `acceptance_rate < 0.5`; None: all
+    sample: that many rows at random, if 1 or more; else that share of them; None: all
+    hold_out: share of rows that are kept apart for validation, all samples of a row together
+    """
+
+    where: str | None = None
+    sample: float | None = None
+    hold_out: float = 0.0
+
+
+def run(spec: Spec, form: str, to: str, chosen: Selection, *, states: str | None = None) -> Export:
+    """Write the chosen rows of a job's output to the folder `to`, in the form of that name; what it held is replaced.
+
+    `speculators-states` takes the hidden states from the folder `states`, by default the one beside the job's parts.
+
+    Raises:
+        InputError: the job has no parts, no token ids, no hidden states of a row, or no column that `where` names.
+        OutputConflictError: the folder holds something that is not an export.
+    """
+    source = connect(spec.output.path, spec.output.storage_options)
+    output = spec.output.path.rstrip("/")
+    sink, folder = connect(to, spec.output.storage_options), to.rstrip("/")
+    parts = [url for _, url in sorted(write.parts(source, output).items(), key=lambda item: item[1])]
+    if not parts:
+        raise InputError(f"{output}: holds no finished part yet; submit the job first")
+    before = _own(sink, folder)
+    export = Export(folder, form)
+    below = _below(source, parts, chosen)
+
+    def tables() -> Iterator[tuple[str, pl.DataFrame]]:
+        for url in parts:
+            frame = _chosen(source, url, chosen, below)
+            if form not in _BY_IDS:
+                export.left_out.update(_unfit(frame))
+                frame = frame.filter(_fit())
+            if not frame.is_empty():
+                yield url.rsplit("/", 1)[-1].removesuffix(".parquet"), frame
+
+    if form == _SPECULATORS_STATES:
+        keys = [key for _, frame in tables() for key in _keys(frame)]
+        apart = {key: _held_out(key[0], chosen) for key in keys}
+        folder_of_states = states or f"{output}/{STATE_FOLDER}/features"
+        _with_states(connect(folder_of_states, spec.output.storage_options), folder_of_states, sink, export, apart)
+    else:
+        _rows(sink, export, tables(), chosen)
+    sink.put(f"{folder}/{MANIFEST}", json.dumps({"form": form, **dataclasses.asdict(chosen)}, indent=2).encode())
+    kept = {*export.files, MANIFEST}
+    sink.delete([url for url in before if url.removeprefix(f"{folder}/") not in kept])
+    if not export.rows:
+        raise InputError(f"{output}: no finished row is left to export of those that were chosen")
+    return export
+
+
+def _own(sink: Store, folder: str) -> list[str]:
+    """The URLs of an earlier export."""
+    found = [*sink.find(folder)]
+    if found and f"{folder}/{MANIFEST}" not in found:
+        raise OutputConflictError(f"{folder}: holds {len(found)} files that are not an export; choose an empty folder")
+    return found
+
+
+def _chosen(source: Store, url: str, chosen: Selection, below: float, columns: list[str] | None = None) -> pl.DataFrame:
+    """The finished rows of a part that are taken."""
+    import polars as pl
+
+    with source.open(url) as stream:
+        table = pq.ParquetFile(stream, page_checksum_verification=True).read(columns=columns)
+    if columns is None and _IDS[0] not in table.column_names:
+        raise InputError(f"{url}: has no column {_IDS[0]}; exports need output.token_ids: true")
+    frame = pl.from_arrow(table)
+    assert isinstance(frame, pl.DataFrame)
+    frame = frame.filter(pl.col("status") == "ok")
+    if chosen.where is not None:
+        try:
+            frame = frame.filter(pl.sql_expr(chosen.where))
+        except pl.exceptions.PolarsError as error:
+            names = ", ".join(frame.columns)
+            raise InputError(
+                f"--where {chosen.where!r}: {_first_line(error)}; the output's columns are {names}"
+            ) from error
+    if chosen.sample is None:
+        return frame
+    return frame.filter(pl.Series([_draw("sample", *key) < below for key in _keys(frame)], dtype=pl.Boolean))
+
+
+def _below(source: Store, parts: Sequence[str], chosen: Selection) -> float:
+    """What a row's draw must be below to be in the sample."""
+    if chosen.sample is None or chosen.sample < 1:
+        return chosen.sample or 1.0
+    everything = dataclasses.replace(chosen, sample=None)
+    draws = sorted(
+        _draw("sample", *key) for url in parts for key in _keys(_chosen(source, url, everything, 1.0))
+    )  # fmt: skip
+    return draws[int(chosen.sample)] if chosen.sample < len(draws) else 1.0
+
+
+def _keys(frame: pl.DataFrame) -> list[tuple[str, int]]:
+    return list(frame.select("row_id", "sample").rows())
+
+
+def _draw(purpose: str, *key: object) -> float:
+    """A number in [0, 1) that is a row's own, whatever else is exported."""
+    digest = hashlib.blake2b("\0".join((purpose, *map(str, key))).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") / 2**64
+
+
+def _held_out(row_id: str, chosen: Selection) -> bool:
+    return _draw("hold out", row_id) < chosen.hold_out
+
+
+def _fit() -> pl.Expr:
+    import polars as pl
+
+    return (pl.col("finish_reason") == "stop") & ~pl.col("completion").str.contains(r"</?think>")
+
+
+def _unfit(frame: pl.DataFrame) -> dict[str, int]:
+    import polars as pl
+
+    cut_off = frame.filter(pl.col("finish_reason") != "stop").height
+    return {"cut off by length": cut_off, "with <think> markers": frame.filter(~_fit()).height - cut_off}
+
+
+def _rows(sink: Store, export: Export, tables: Iterator[tuple[str, pl.DataFrame]], chosen: Selection) -> None:
+    """A file for each part, and one for the rows of it that are held out."""
+    make, suffix, encode = _FORMS[export.form]
+    for name, frame in tables:
+        made: dict[str, list[dict[str, Any]]] = {}
+        for row in frame.iter_rows(named=True):
+            apart = _held_out(row["row_id"], chosen)
+            made.setdefault(("validation/" if apart else "train/") if chosen.hold_out else "", []).append(make(row))
+            export.held_out += apart
+            export.tokens += row["prompt_tokens"] + row["completion_tokens"]
+            export.target_tokens += row["completion_tokens"]
+        export.rows += frame.height
+        for place, rows in made.items():
+            file = f"{place}{name}.{suffix}"
+            sink.put(f"{export.folder}/{file}", encode(rows))
+            export.files.append(file)
+
+
+def _ids_and_mask(row: dict[str, Any]) -> tuple[list[int], list[int]]:
+    prompt, completion = (row[name] for name in _IDS)
+    return [*prompt, *completion], [0] * len(prompt) + [1] * len(completion)
+
+
+def _speculators(row: dict[str, Any]) -> dict[str, Any]:
+    ids, mask = _ids_and_mask(row)
+    about = {"finish_reason": row["finish_reason"], "acceptance_rate": row["acceptance_rate"]}
+    name = f"{row['row_id']}_gen{row['sample']}"
+    return {"id": name, "primary_id": row["row_id"], "input_ids": ids, "loss_mask": mask, "metadata": about}
+
+
+def _conversation(row: dict[str, Any]) -> list[dict[str, str]]:
+    return [*row["messages"], {"role": "assistant", "content": row["completion"]}]
+
+
+def _name(row: dict[str, Any]) -> str:
+    return f"{row['row_id']}/{row['sample']}"
+
+
+def _specforge(row: dict[str, Any]) -> dict[str, Any]:
+    return {"id": _name(row), "conversations": _conversation(row), "status": "success"}
+
+
+def _modelopt(row: dict[str, Any]) -> dict[str, Any]:
+    return {"conversation_id": _name(row), "conversations": _conversation(row)}
+
+
+def _messages(row: dict[str, Any]) -> dict[str, Any]:
+    return {"id": _name(row), "messages": _conversation(row)}
+
+
+_SHAREGPT = {"system": "system", "user": "human", "assistant": "gpt"}
+
+
+def _sharegpt(row: dict[str, Any]) -> dict[str, Any]:
+    turns = [{"from": _SHAREGPT[turn["role"]], "value": turn["content"]} for turn in _conversation(row)]
+    return {"id": _name(row), "conversations": turns}
+
+
+def _json_lines(rows: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def _parquet(rows: list[dict[str, Any]]) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), buffer, compression="zstd", write_page_checksum=True)
+    return buffer.getvalue()
+
+
+_Rows: TypeAlias = "list[dict[str, Any]]"
+_FORMS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str, Callable[[_Rows], bytes]]] = {
+    "speculators": (_speculators, "jsonl", _json_lines),
+    "specforge": (_specforge, "jsonl", _json_lines),
+    "modelopt": (_modelopt, "jsonl", _json_lines),
+    "messages": (_messages, "parquet", _parquet),
+    "sharegpt": (_sharegpt, "parquet", _parquet),
+}
+_BY_IDS = ("speculators", _SPECULATORS_STATES)
+
+
+def _with_states(source: Store, states: str, sink: Store, export: Export, apart: dict[tuple[str, int], bool]) -> None:
+    """What `speculators train --data-path` reads: an Arrow set of ids and masks, and a file of hidden states for each.
+
+    Rows of `apart` that are held out are the last of the set, for `--train-data-ratio`.
+    """
+    import torch
+    from safetensors.torch import save
+
+    next_up = {False: 0, True: len(apart) - sum(apart.values())}
+    data: dict[bool, list[str]] = {False: [], True: []}
+    counts: collections.Counter[int] = collections.Counter()
+    for name, captured in features.read(source, states):
+        made: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
+        for key, tensors in captured:
+            if key not in apart:
+                continue
+            held_out = apart.pop(key)
+            ids, mask = tensors["token_ids"].tolist(), tensors.pop("loss_mask").tolist()
+            made[held_out].append({"input_ids": ids, "loss_mask": mask, "seq_len": len(ids)})
+            file = f"hidden_states/hs_{next_up[held_out]}.safetensors"
+            sink.put(f"{export.folder}/{file}", save(tensors))
+            export.files.append(file)
+            next_up[held_out] += 1
+            counts.update(token for token, written in zip(ids, mask, strict=True) if written)
+            export.rows, export.held_out = export.rows + 1, export.held_out + held_out
+            export.tokens, export.target_tokens = export.tokens + len(ids), export.target_tokens + sum(mask)
+        for held_out, rows in made.items():
+            if rows:
+                data[held_out].append(f"data-{'validation-' if held_out else ''}{name}.arrow")
+                sink.put(f"{export.folder}/{data[held_out][-1]}", _arrow(rows))
+    if apart:
+        raise InputError(
+            f"{states}: holds no hidden states of {len(apart):,} rows, row {next(iter(apart))[0]} among them; run "
+            f"`batchgen features` first"
+        )
+    frequencies = io.BytesIO()
+    torch.save(dict(counts), frequencies)  # from which the trainer chooses the draft's vocabulary
+    files = {"token_freq.pt": frequencies.getvalue(), "dataset_info.json": b"{}"}
+    files["state.json"] = _hf_state(data[False] + data[True])
+    for file, content in files.items():
+        sink.put(f"{export.folder}/{file}", content)
+    export.files += [*data[False], *data[True], *files]
+    if export.held_out:  # the trainer rounds down
+        export.train_data_ratio = (export.rows - export.held_out + 0.5) / export.rows
+
+
+def _arrow(rows: list[dict[str, Any]]) -> bytes:
+    ids = pa.list_(pa.int64())
+    schema = pa.schema([("input_ids", ids), ("loss_mask", ids), ("seq_len", pa.int64())])
+    buffer = io.BytesIO()
+    with pa.ipc.new_stream(buffer, schema) as writer:
+        writer.write_table(pa.Table.from_pylist(rows, schema))
+    return buffer.getvalue()
+
+
+def _hf_state(files: list[str]) -> bytes:
+    """What `datasets.load_from_disk` looks for."""
+    names = ("_format_columns", "_format_type", "_split")
+    state = dict.fromkeys(names) | {"_format_kwargs": {}, "_output_all_columns": False}
+    fingerprint = hashlib.sha256("\0".join(files).encode()).hexdigest()[:16]
+    state |= {"_data_files": [{"filename": file} for file in files], "_fingerprint": fingerprint}
+    return json.dumps(state, indent=2).encode()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:200]

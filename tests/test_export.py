@@ -1,0 +1,200 @@
+"""What trainers read of a finished job: the right rows, token ids and masks, whatever is chosen, in every form."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+import yaml
+from datasets import load_dataset, load_from_disk
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from batchgen import spec
+from batchgen.export import Selection, run
+
+ROWS = 60
+
+
+def batchgen(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "batchgen", *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+
+
+def job_file(folder: Path, **changes) -> Path:
+    chats = [[{"role": "user", "content": f"Say {i}."}] for i in range(ROWS)]
+    table = {
+        "id": [f"row-{i:02d}" for i in range(ROWS)],
+        "messages": chats,
+        "source": ["ab"[i % 2] for i in range(ROWS)],
+    }
+    pl.DataFrame(table).write_parquet(folder / "in.parquet")
+    sections = {
+        "input": {"path": str(folder / "in.parquet"), "messages": "messages", "id": "id", "keep": ["source"]},
+        "model": {"target": "demo:smollm2-135m"},
+        "engine": {"kind": "rehearsal", "options": {"fail": ["row-07"]}},
+        "sampling": {"max_tokens": 90, "temperature": 0.8, "n": 2},
+        "max_error_rate": 0.1,
+        "checkpoint": {"rows_per_part": 20},
+        "output": {"path": str(folder / "out")},
+    }
+    file = folder / "job.yaml"
+    file.write_text(yaml.safe_dump(sections | changes))
+    return file
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory) -> Path:
+    """A finished job of three parts, two samples a row, some cut off by length and one row failed."""
+    folder = tmp_path_factory.mktemp("export")
+    done = batchgen("submit", job_file(folder))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def finished(folder: Path) -> pl.DataFrame:
+    table = pl.read_parquet(folder / "out/*.parquet")
+    assert table["finish_reason"].is_in(["stop", "length", "error"]).all()
+    assert table["finish_reason"].n_unique() == 3
+    return table.filter(pl.col("status") == "ok")
+
+
+def exported(folder: Path, form: str, *options: str) -> tuple[Path, str]:
+    to = folder / "to"
+    shutil.rmtree(to, ignore_errors=True)
+    done = batchgen("export", folder / "job.yaml", "--form", form, "--to", to, *options)
+    assert done.returncode == 0, done.stderr
+    return to, done.stdout
+
+
+def test_ids_and_masks_are_those_of_every_finished_row(rehearsed, tmp_path):
+    to, said = exported(rehearsed, "speculators")
+    table = finished(rehearsed)
+    found = load_dataset(
+        "json", data_files=[str(f) for f in to.glob("*.jsonl")], split="train", cache_dir=str(tmp_path)
+    )
+    mine = {row["id"]: row for row in found}
+    assert len(mine) == len(found) == table.height == 2 * (ROWS - 1)
+    for row in table.iter_rows(named=True):
+        other = mine[f"{row['row_id']}_gen{row['sample']}"]
+        assert other["primary_id"] == row["row_id"]
+        assert other["input_ids"] == row["prompt_token_ids"] + row["completion_token_ids"]
+        assert other["loss_mask"] == [0] * row["prompt_tokens"] + [1] * row["completion_tokens"]
+    tokens = table["prompt_tokens"].sum() + table["completion_tokens"].sum()
+    assert f"118 rows: {tokens:,} tokens, {table['completion_tokens'].sum():,} of them the target's own" in said
+
+
+@pytest.mark.parametrize("form", ["specforge", "modelopt", "messages", "sharegpt"])
+def test_conversations_end_with_the_targets_whole_answer(rehearsed, form):
+    to, said = exported(rehearsed, form)
+    table = finished(rehearsed).filter(pl.col("finish_reason") == "stop")
+    if form in ("specforge", "modelopt"):
+        found = [json.loads(line) for file in to.glob("*.jsonl") for line in file.read_text().splitlines()]
+    else:
+        found = pl.read_parquet(to / "*.parquet").to_dicts()
+    name = "conversation_id" if form == "modelopt" else "id"
+    who, what = ("from", "value") if form == "sharegpt" else ("role", "content")
+    chats = {row[name]: row["messages" if form == "messages" else "conversations"] for row in found}
+    names = {"system": "system", "user": "human", "assistant": "gpt"} if form == "sharegpt" else {}
+    assert len(chats) == table.height
+    for row in table.iter_rows(named=True):
+        turns = [*row["messages"], {"role": "assistant", "content": row["completion"]}]
+        expected = [{who: names.get(t["role"], t["role"]), what: t["content"]} for t in turns]
+        assert chats[f"{row['row_id']}/{row['sample']}"] == expected
+    assert f"left out: {118 - table.height} cut off by length" in said
+
+
+def ids(folder: Path) -> set[str]:
+    return {json.loads(line)["id"] for file in folder.glob("*.jsonl") for line in file.read_text().splitlines()}
+
+
+def test_rows_are_chosen_by_any_column(rehearsed):
+    to, _ = exported(rehearsed, "speculators", "--where", "source = 'a' AND completion_tokens < 60")
+    chosen = finished(rehearsed).filter((pl.col("source") == "a") & (pl.col("completion_tokens") < 60))
+    assert 0 < chosen.height < 59
+    assert ids(to) == {f"{row}_gen{sample}" for row, sample in chosen.select("row_id", "sample").rows()}
+
+
+@pytest.mark.parametrize("where", ["acceptance < 0.5", "source <", "completion", "DROP TABLE x"])
+def test_a_condition_that_makes_no_sense_is_an_error_that_names_the_columns(rehearsed, tmp_path, where):
+    done = batchgen("export", rehearsed / "job.yaml", "--form", "messages", "--to", tmp_path / "x", "--where", where)
+    assert done.returncode == 2
+    assert f"--where {where!r}" in done.stderr
+    assert "acceptance_rate" in done.stderr
+    assert not (tmp_path / "x").exists()
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(few=st.integers(1, 118), more=st.integers(1, 200), share=st.floats(0.01, 0.99))
+def test_samples_are_of_the_size_asked_for_and_grow_by_what_is_new(rehearsed, tmp_path, few, more, share):
+    job = spec.load(str(rehearsed / "job.yaml"))
+    sizes = sorted((few, more))
+    found = []
+    for size in sizes:
+        assert run(job, "speculators", str(tmp_path), Selection(sample=size, hold_out=share)).rows == min(size, 118)
+        found.append(ids(tmp_path / "train") | ids(tmp_path / "validation"))
+    assert found[0] <= found[1]
+    rows = {place: {name.split("_")[0] for name in ids(tmp_path / place)} for place in ("train", "validation")}
+    assert not rows["train"] & rows["validation"], "all samples of a row are on one side"
+
+
+def test_an_export_is_replaced_and_nothing_else_is(rehearsed, tmp_path):
+    job = rehearsed / "job.yaml"
+    assert batchgen("export", job, "--form", "messages", "--to", tmp_path / "to").returncode == 0
+    assert batchgen("export", job, "--form", "modelopt", "--to", tmp_path / "to").returncode == 0
+    assert {file.suffix for file in (tmp_path / "to").iterdir()} == {".jsonl", ".json"}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").write_text("all of it")
+    refused = batchgen("export", job, "--form", "messages", "--to", tmp_path / "mine")
+    assert refused.returncode == 73
+    assert [file.name for file in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+    assert batchgen("export", job, "--form", "messages", "--to", rehearsed / "out").returncode == 73
+
+
+def test_the_trainers_set_has_each_row_beside_its_hidden_states(tmp_path):
+    job = job_file(
+        tmp_path,
+        engine={"kind": "torch"},
+        speculation={"tree": "off"},
+        sampling={"max_tokens": 6, "temperature": 0.8},
+        checkpoint={"rows_per_part": 40},
+    )
+    assert batchgen("submit", job).returncode == 0
+    to = tmp_path / "to"
+    export = ("export", job, "--form", "speculators-states", "--to", to)
+    missing = batchgen(*export)
+    assert missing.returncode == 2
+    assert "batchgen features" in missing.stderr
+    assert batchgen("features", job).returncode == 0
+    done = batchgen(*export, "--hold-out", "0.2", "--where", "source = 'a'", "--json")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    table = pl.read_parquet(tmp_path / "out/*.parquet").filter(pl.col("source") == "a")
+    expected = {tuple(p + c): len(p) for p, c in table.select("prompt_token_ids", "completion_token_ids").rows()}
+    found = load_from_disk(str(to))
+    assert len(found) == facts["rows"] == table.height
+    assert int(len(found) * facts["train_data_ratio"]) == len(found) - facts["held_out"] < len(found)
+    counts = torch.zeros(49152, dtype=torch.int64)
+    for i, row in enumerate(found):
+        states = load_file(to / f"hidden_states/hs_{i}.safetensors")
+        assert states["token_ids"].tolist() == row["input_ids"]
+        assert states["hidden_states"].shape == (row["seq_len"], 4, 576)
+        prompt = expected.pop(tuple(row["input_ids"]))
+        assert row["loss_mask"] == [0] * prompt + [1] * (row["seq_len"] - prompt)
+        counts += torch.bincount(torch.tensor(row["input_ids"][prompt:]), minlength=len(counts))
+    assert not expected
+    assert torch.load(to / "token_freq.pt") == {t: n for t, n in enumerate(counts.tolist()) if n}
+    held_out = batchgen("export", job, "--form", "speculators", "--to", tmp_path / "text", "--hold-out", "0.2",
+                        "--where", "source = 'a'")  # fmt: skip
+    assert held_out.returncode == 0
+    lines = [json.loads(line) for f in (tmp_path / "text/validation").iterdir() for line in f.read_text().splitlines()]
+    last = found.select(range(len(found) - facts["held_out"], len(found)))
+    assert sorted(line["input_ids"] for line in lines) == sorted(last["input_ids"]), "the same rows in every form"
