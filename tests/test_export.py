@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import polars as pl
 import pytest
@@ -20,6 +20,9 @@ from safetensors.torch import load_file
 from batchgen import spec
 from batchgen.export import Selection, run
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 ROWS = 60
 
 
@@ -29,14 +32,9 @@ def batchgen(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def job_file(folder: Path, **changes) -> Path:
-    chats = [[{"role": "user", "content": f"Say {i}."}] for i in range(ROWS)]
-    table = {
-        "id": [f"row-{i:02d}" for i in range(ROWS)],
-        "messages": chats,
-        "source": ["ab"[i % 2] for i in range(ROWS)],
-    }
-    pl.DataFrame(table).write_parquet(folder / "in.parquet")
+def job_file(folder: Path, rows: int = ROWS, **changes) -> Path:
+    facts = [(f"row-{i:02d}", [{"role": "user", "content": f"Say {i}."}], "ab"[i % 2]) for i in range(rows)]
+    pl.DataFrame(facts, schema=["id", "messages", "source"], orient="row").write_parquet(folder / "in.parquet")
     sections = {
         "input": {"path": str(folder / "in.parquet"), "messages": "messages", "id": "id", "keep": ["source"]},
         "model": {"target": "demo:smollm2-135m"},
@@ -162,10 +160,11 @@ def test_an_export_is_replaced_and_nothing_else_is(rehearsed, tmp_path):
 def test_the_trainers_set_has_each_row_beside_its_hidden_states(tmp_path):
     job = job_file(
         tmp_path,
+        16,
         engine={"kind": "torch"},
         speculation={"tree": "off"},
         sampling={"max_tokens": 6, "temperature": 0.8},
-        checkpoint={"rows_per_part": 40},
+        checkpoint={"rows_per_part": 10},
     )
     assert batchgen("submit", job).returncode == 0
     to = tmp_path / "to"
