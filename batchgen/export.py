@@ -106,12 +106,17 @@ def run(spec: Spec, form: str, to: str, chosen: Selection, *, states: str | None
         _with_states(connect(folder_of_states, spec.output.storage_options), folder_of_states, sink, export, apart)
     else:
         _rows(sink, export, tables(), chosen)
-    sink.put(f"{folder}/{MANIFEST}", json.dumps({"form": form, **dataclasses.asdict(chosen)}, indent=2).encode())
+    sink.put(f"{folder}/{MANIFEST}", json.dumps(_facts(export, chosen), indent=2).encode())
     kept = {*export.files, MANIFEST}
     sink.delete([url for url in before if url.removeprefix(f"{folder}/") not in kept])
     if not export.rows:
         raise InputError(f"{output}: no finished row is left to export of those that were chosen")
     return export
+
+
+def _facts(export: Export, chosen: Selection) -> dict[str, Any]:
+    facts = {"form": export.form, **dataclasses.asdict(chosen)}
+    return facts | {"rows": export.rows, "held_out": export.held_out, "train_data_ratio": export.train_data_ratio}
 
 
 def _own(sink: Store, folder: str) -> list[str]:
@@ -320,8 +325,8 @@ def _arrow(rows: list[dict[str, Any]]) -> bytes:
 
 def _hf_state(files: list[str]) -> bytes:
     """What `datasets.load_from_disk` looks for."""
-    names = ("_format_columns", "_format_type", "_split")
-    state = dict.fromkeys(names) | {"_format_kwargs": {}, "_output_all_columns": False}
+    state: dict[str, Any] = {"_format_type": "torch", "_format_kwargs": {}, "_format_columns": None}
+    state |= {"_output_all_columns": False, "_split": None}
     fingerprint = hashlib.sha256("\0".join(files).encode()).hexdigest()[:16]
     state |= {"_data_files": [{"filename": file} for file in files], "_fingerprint": fingerprint}
     return json.dumps(state, indent=2).encode()

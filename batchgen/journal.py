@@ -67,7 +67,7 @@ class Journal:
         self._segments = claim.segments + helper
         self._tables = dict(accepted)
         self._rows: list[dict[str, Any]] = []
-        self._oldest = 0.0
+        self._oldest = self._write_s = 0.0
         self._num_segments = self._num_notes = 0
 
     @classmethod
@@ -195,7 +195,8 @@ class Journal:
 
     def due(self, now_monotonic: float) -> bool:
         """Whether `flush` should be called: enough rows wait, or one has waited long enough."""
-        waited = now_monotonic - self._oldest >= self._max_s
+        # What is being written is not safe yet: a store that takes its time is asked sooner.
+        waited = now_monotonic - self._oldest >= self._max_s - min(self._write_s, self._max_s / 2)
         return bool(self._rows) and (waited or len(self._rows) >= self._max_rows)
 
     def flush(self) -> None:
@@ -206,6 +207,7 @@ class Journal:
         """
         if not self._rows:
             return
+        began = time.monotonic()
         table = pa.Table.from_pylist(self._rows, schema=self._schema)
         name = f"{self._segments}{self._num_segments:06d}.rows"
         if not self._store.create(f"{self._folder}/{name}", _encode(table)):
@@ -213,6 +215,7 @@ class Journal:
         self._tables[name] = table
         self._num_segments += 1
         self._rows = []
+        self._write_s = max(time.monotonic() - began, 0.8 * self._write_s)
 
     def table(self) -> pa.Table:
         """Every row that is accepted, written or buffered, each key once, in no particular order."""

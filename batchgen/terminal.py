@@ -19,6 +19,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from batchgen.acceptance import Drift, Group
     from batchgen.export import Export
     from batchgen.features import Work
     from batchgen.job import Job, Outcome, Survey
@@ -208,7 +209,11 @@ def survey(found: Survey) -> str:
             table.add_row("time", "unknown: this model was not run on this machine yet; the first submit measures it")
         else:
             table.add_row("time", f"about {_duration(found.estimate_s)}, going by the last run on this machine")
-    console = Console(width=100)
+    return _plain(table)
+
+
+def _plain(table: Table) -> str:
+    console = Console(width=120)
     with console.capture() as capture:
         console.print(table)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
@@ -236,6 +241,27 @@ def status(found: Status) -> str:
             f"rows:   {found.rows_done:,} of {found.rows:,} done, {found.rows_journalled:,} in journals, {left:,} left",
         ]
     )
+
+
+def report(groups: list[Group], drift: Drift | None) -> str:
+    """What `batchgen report` prints."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for column in ("rows", "tokens", "passes", "acceptance rate", "length", "by depth"):
+        table.add_column(column, justify="left" if column == "by depth" else "right")
+    for group in groups:
+        rate = "nothing drafted" if group.rate is None else f"{group.rate:.3f} ± {group.error:.3f}"
+        length = "" if group.length is None else f"{group.length:.2f}"
+        depths = " ".join(f"{share:.3f}" for share in group.by_depth)
+        counts = (f"{group.rows:,}", f"{group.tokens:,}", f"{group.passes_share:.0%}")
+        table.add_row(group.name, *counts, rate, length, depths)
+    lines = [_plain(table)]
+    if drift is not None:
+        which = f"{drift.rows:,} rows that both have" if drift.rows else "all rows of either, no row is in both"
+        verdict = "beyond noise" if drift.beyond_noise else "within noise"
+        change = f"{drift.change:+.3f} ± {drift.error:.3f}, {verdict}"
+        lines.append(f"acceptance rate {drift.before:.3f} before, {drift.now:.3f} now: {change} ({which})")
+    return "\n".join(lines)
 
 
 def features(work: Work) -> str:
@@ -266,7 +292,7 @@ def garbage(found: list[str], *, removed: bool) -> str:
 
 def as_json(facts: Any) -> str:
     """`--json`: the same facts for machines."""
-    return json.dumps(dataclasses.asdict(facts) if dataclasses.is_dataclass(facts) else facts)  # type: ignore[arg-type]
+    return json.dumps(facts, default=dataclasses.asdict)
 
 
 def _bytes(num_bytes: float) -> str:

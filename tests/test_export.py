@@ -179,6 +179,8 @@ def test_the_trainers_set_has_each_row_beside_its_hidden_states(tmp_path):
     table = pl.read_parquet(tmp_path / "out/*.parquet").filter(pl.col("source") == "a")
     expected = {tuple(p + c): len(p) for p, c in table.select("prompt_token_ids", "completion_token_ids").rows()}
     found = load_from_disk(str(to))
+    assert isinstance(found[0]["input_ids"], torch.Tensor), "the trainer takes them as they come"
+    found = found.with_format(None)
     assert len(found) == facts["rows"] == table.height
     assert int(len(found) * facts["train_data_ratio"]) == len(found) - facts["held_out"] < len(found)
     counts = torch.zeros(49152, dtype=torch.int64)

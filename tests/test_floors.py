@@ -19,7 +19,7 @@ FLOORS = [
     {"claim"},
     {"plan", "read", "screen", "render", "generate", "journal", "write", "lease", "tally"},
     {"engines"},
-    {"attempt", "desk", "report", "status"},
+    {"acceptance", "attempt", "desk", "report", "status"},
     {"worker"},
     {"actors"},
     {"cluster"},

@@ -1,0 +1,195 @@
+"""Where the draft head is right and where it is not, from the rows of finished parts; and whether that has changed.
+
+A rate is a ratio of sums over rows, accepted / drafted tokens, and rows are what varies: the standard error is that of
+a ratio estimator (Cochran, Sampling Techniques, 6.4), from each row's residual accepted - rate * drafted. Two runs are
+compared on the rows that both have, where there are any: what the prompts share cancels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.parquet as pq
+
+from batchgen import write
+from batchgen.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import polars as pl
+
+    from batchgen.store import Store
+
+_LENGTHS = {"length": "completion_tokens", "prompt_length": "prompt_tokens"}
+_COUNTS = ("completion_tokens", "target_steps", "draft_steps", "draft_tokens", "accepted_tokens")
+_COLUMNS = ("row_id", "sample", "status", "prompt_tokens", *_COUNTS, "accepted_per_depth")
+# Of a normal distribution, 95 % lie within so many standard errors.
+CONFIDENCE = 1.96
+
+
+@dataclasses.dataclass(slots=True)
+class Group:
+    """Finished rows that have something in common.
+
+    rate: accepted / drafted tokens, None where nothing was drafted; `error` is what it is uncertain by (95 %)
+    length: tokens a target pass, bonus token included
+    by_depth: share of drafting passes that accepted the token at depth 1, 2, ...
+    passes_share: of the job's target passes, how many went into these rows: where a better head would help most
+    """
+
+    name: str
+    rows: int
+    tokens: int
+    passes_share: float
+    rate: float | None
+    error: float | None
+    length: float | None
+    by_depth: list[float]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Drift:
+    """How the acceptance rate of this run differs from another's; `error` is what `change` is uncertain by (95 %).
+
+    `rows` are those that both runs have, by which they are compared; 0: none, so all of either were.
+    """
+
+    before: float
+    now: float
+    change: float
+    error: float
+    rows: int
+
+    @property
+    def beyond_noise(self) -> bool:
+        """Whether the change is larger than what two runs of one head differ by."""
+        return abs(self.change) > self.error
+
+    def fell_by_more_than(self, most: float) -> bool:
+        """Whether it surely fell by more than `most`."""
+        return -self.change - self.error > most
+
+
+def by(store: Store, output: str, columns: Sequence[str]) -> list[Group]:
+    """All finished rows of a job's output, and those of each value of `columns` together, the lowest rate first.
+
+    A column is one of the output's, kept ones included, or `length` or `prompt_length`: tokens, up to powers of two.
+
+    Raises:
+        InputError: the output has no parts, or no such column.
+    """
+    import polars as pl
+
+    asked = [_LENGTHS.get(name, name) for name in columns]
+    sums = [pl.len().alias("rows"), *(pl.col(name).sum() for name in _COUNTS)]
+    a, d = pl.col("accepted_tokens").cast(pl.Float64), pl.col("draft_tokens").cast(pl.Float64)
+    sums += [(a * a).sum().alias("aa"), (a * d).sum().alias("ad"), (d * d).sum().alias("dd")]
+    keys = [_bucket(name).alias(f"by {name}") for name in columns] or [pl.lit("all").alias("by all")]
+    partial = []
+    for frame in _frames(store, output, [*_COLUMNS, *asked]):
+        deepest = int(frame["accepted_per_depth"].list.len().max() or 0)  # type: ignore[arg-type]
+        depth = pl.col("accepted_per_depth").list
+        depths = [depth.get(i, null_on_oob=True).sum().alias(f"depth {i:02d}") for i in range(deepest)]
+        partial.append(frame.group_by(keys).agg(*sums, *depths))
+    stacked = pl.concat(partial, how="diagonal_relaxed")
+    names = [name for name in stacked.columns if name.startswith("by ")]
+    numbers = [name for name in stacked.columns if name not in names]
+    together = stacked.group_by(names).agg(pl.col(numbers).sum())
+    total = together.select(pl.col(numbers).sum()).to_dicts()[0]
+    groups = [_group("all", total, total)]
+    if columns:
+        found = [_group(", ".join(str(row[name]) for name in names), row, total) for row in together.to_dicts()]
+        groups += sorted(found, key=lambda group: (math.inf if group.rate is None else group.rate, group.name))
+    return groups
+
+
+def against(store: Store, output: str, other: Store, before: str) -> Drift:
+    """How the acceptance of a job's output differs from that of the output folder `before`.
+
+    Raises:
+        InputError: one of them has no parts, or has drafted nothing.
+    """
+    import polars as pl
+
+    wanted = ["row_id", "sample", "status", "draft_tokens", "accepted_tokens"]
+    mine, theirs = (
+        pl.concat([frame.select("row_id", "sample", "draft_tokens", "accepted_tokens") for frame in frames])
+        for frames in (_frames(store, output, wanted), _frames(other, before, wanted))
+    )
+    both = mine.join(theirs, on=["row_id", "sample"], suffix=" before")
+    first, second = ("draft_tokens", "accepted_tokens"), ("draft_tokens before", "accepted_tokens before")
+    if both[first[0]].sum() and both[second[0]].sum():
+        now, now_off = _rate(both, *first)
+        then, then_off = _rate(both, *second)
+        return Drift(then, now, now - then, CONFIDENCE * _norm(now_off - then_off), both.height)
+    for frame, name in ((mine, output), (theirs, before)):
+        if not frame["draft_tokens"].sum():
+            raise InputError(f"{name}: nothing was drafted, so there is no acceptance to compare")
+    now, now_off = _rate(mine, *first)
+    then, then_off = _rate(theirs, *first)
+    return Drift(then, now, now - then, CONFIDENCE * math.hypot(_norm(now_off), _norm(then_off)), 0)
+
+
+def _rate(frame: pl.DataFrame, drafted: str, accepted: str) -> tuple[float, pl.Series]:
+    """The rate, and what each row makes it differ by."""
+    d, a = frame[drafted].cast(float), frame[accepted].cast(float)
+    total = float(d.sum())
+    rate = float(a.sum()) / total
+    return rate, (a - rate * d) / total
+
+
+def _norm(values: pl.Series) -> float:
+    return math.sqrt(float((values * values).sum()))
+
+
+def _group(name: str, row: dict[str, Any], total: dict[str, Any]) -> Group:
+    drafted, accepted, steps = row["draft_tokens"], row["accepted_tokens"], row["target_steps"]
+    rate = accepted / drafted if drafted else None
+    error = None
+    if rate is not None:
+        error = CONFIDENCE * math.sqrt(max(0.0, row["aa"] - 2 * rate * row["ad"] + rate**2 * row["dd"])) / drafted
+    depths = [row[key] / row["draft_steps"] for key in sorted(row) if key.startswith("depth ") and row["draft_steps"]]
+    while depths and not depths[-1]:
+        depths.pop()
+    return Group(
+        name=name,
+        rows=row["rows"],
+        tokens=row["completion_tokens"],
+        passes_share=steps / total["target_steps"] if total["target_steps"] else 0.0,
+        rate=rate,
+        error=error,
+        length=(row["completion_tokens"] - row["rows"]) / steps if steps else None,
+        by_depth=depths,
+    )
+
+
+def _bucket(name: str) -> pl.Expr:
+    import polars as pl
+
+    if name not in _LENGTHS:
+        return pl.col(name)
+    tokens = pl.col(_LENGTHS[name]).clip(lower_bound=1).cast(pl.Float64)
+    upper = (2 ** (tokens.log(2) - 1e-9).ceil()).cast(pl.Int64)
+    return pl.format("up to {}", upper)
+
+
+def _frames(store: Store, output: str, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
+    """The finished rows of each part."""
+    import polars as pl
+
+    found = write.parts(store, output)
+    if not found:
+        raise InputError(f"{output}: holds no finished part yet; submit the job first")
+    for url in sorted(found.values()):
+        with store.open(url) as stream:
+            file = pq.ParquetFile(stream, page_checksum_verification=True)
+            missing = [name for name in columns if name not in file.schema_arrow.names]
+            if missing:
+                names = ", ".join([*_LENGTHS, *file.schema_arrow.names])
+                raise InputError(f"{url}: has no column {missing[0]}; there are {names}")
+            frame = pl.from_arrow(file.read(columns=list(dict.fromkeys(columns))))
+        assert isinstance(frame, pl.DataFrame)
+        yield frame.filter(pl.col("status") == "ok")

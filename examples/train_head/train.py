@@ -1,0 +1,93 @@
+"""Train an EAGLE-3 head with the speculators trainer on an export of a job, on a GPU or on this machine's CPU.
+
+    python examples/train_head/train.py --target demo:smollm2-135m --data data --to head -- --epochs 3
+
+What follows `--` goes to `speculators train` and wins over what is set here. The head is written to `--to`, as both
+engines load it. `--data` is an export of the form `speculators-states`. With `--head` training goes on from that head.
+
+Of speculators 0.9 two things are worked around: it insists on an accelerator, which on a CPU is answered by the CPU
+itself; and its fused loss and flex attention are for GPUs. Needs `pip install -e ".[train]"`; with a CPU build of torch
+then also `pip uninstall -y torchvision torchaudio`, which come along built for CUDA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+
+from batchgen import models
+
+ON_CPU = ["--draft-attn-impl=eager", "--loss-implementation=eager", "--num-workers=1"]
+
+
+def on_cpu() -> None:
+    """Let the trainer take the CPU for its accelerator."""
+    from speculators.train import trainer
+
+    cpu = torch.device("cpu")
+    torch.accelerator.current_accelerator = lambda *, check_available=False: cpu
+    torch.accelerator.is_available = lambda: False
+    torch.accelerator.synchronize = lambda device=None: None
+    torch.accelerator.set_device_index = lambda device: None
+    torch.cpu.empty_cache = lambda: None
+    trainer.get_local_rank = lambda: cpu
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 0) or len(os.sched_getaffinity(0)))
+
+
+def publish(trained: Path, to: Path, target: str) -> None:
+    """Write a trained checkpoint as engines take it, without its copy of the target's embedding."""
+    config = json.loads((trained / "config.json").read_text())
+    tensors = load_file(trained / "model.safetensors")
+    if not config["embed_requires_grad"]:
+        tensors.pop("embed_tokens.weight", None)
+    config.pop("auto_map", None)
+    config["speculators_config"]["verifier"]["name_or_path"] = target
+    to.mkdir(parents=True, exist_ok=True)
+    (to / "model.safetensors").write_bytes(save(tensors, {"format": "pt"}))
+    (to / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--target", required=True, help="the job's model.target")
+    options.add_argument("--data", type=Path, required=True, help="an export of the form speculators-states")
+    options.add_argument("--to", type=Path, required=True, help="folder for the head")
+    options.add_argument("--head", help="a head in speculators format to go on from")
+    options.add_argument("trainer", nargs="*", help="further arguments of `speculators train`, after --")
+    args = options.parse_args()
+    from speculators.train.cli import main as train
+    from speculators.train.config import TrainConfig
+
+    manifest = json.loads((args.data / "export.json").read_text())
+    target = models.fetch(args.target)
+    gpu = torch.cuda.is_available()
+    if not gpu:
+        on_cpu()
+    with tempfile.TemporaryDirectory(dir=args.to.absolute().parent, prefix=".training-") as folder:
+        settings = {
+            "speculator-type": "eagle3",
+            "verifier-name-or-path": target.path,
+            "data-path": args.data.absolute(),
+            "save-path": folder,
+            "on-missing": "raise",
+            "ttt-steps": 3,
+            "hidden-states-dtype": "bfloat16",
+            "train-data-ratio": manifest["train_data_ratio"],
+        }
+        settings |= {"from-pretrained": models.fetch(args.head).path} if args.head else {"draft-vocab-size": 8192}
+        given = [f"--{name}={value}" for name, value in settings.items()]
+        given += [] if args.head else ["--norm-output", "--norm-before-fc", "--no-norm-before-residual"]
+        train(TrainConfig.resolve([*given, *([] if gpu else ON_CPU), *args.trainer]))
+        epochs = [each for each in Path(folder).iterdir() if each.name.isdigit()]
+        publish(max(epochs, key=lambda each: int(each.name)), args.to, args.target)
+    print(f"head: {args.to}")
+
+
+if __name__ == "__main__":
+    main()

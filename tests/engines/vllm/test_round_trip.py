@@ -1,0 +1,50 @@
+"""Prompts to completions to an export to features to a trained head, which drafts on both engines."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+pytest.importorskip("speculators")
+ROOT = Path(__file__).parents[3]
+
+
+def run(*command: str | Path) -> str:
+    environment = os.environ | {"COLUMNS": "200", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    words = [sys.executable, "-W", "ignore", *map(str, command)]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_a_head_is_trained_on_a_jobs_rows_and_drafts_on_both_engines(tmp_path):
+    job = ("jobs/train.yaml", "--set", f"output.path={tmp_path}/out", "--set", "sampling.max_tokens=12")
+    run("-m", "batchgen", "submit", *job, "--set", "speculation.tree=off")
+    run("-m", "batchgen", "features", *job)
+    exported = run("-m", "batchgen", "export", *job, "--form", "speculators-states", "--to", tmp_path / "data",
+                   "--hold-out", "0.1", "--json")  # fmt: skip
+    assert json.loads(exported)["rows"] == 200
+    said = run("examples/train_head/train.py", "--target", "demo:smollm2-135m", "--data", tmp_path / "data",
+               "--to", tmp_path / "head", "--", "--epochs=1", "--total-seq-len=384", "--log-freq=1",
+        "--draft-vocab-size=2048", "--ttt-steps=2")  # fmt: skip
+    losses = [float(loss) for loss in re.findall(r"train/loss=([\d.]+)", said)]
+    assert len(losses) >= 50
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    for engine in ("torch", "vllm"):
+        few = tmp_path / "few.parquet"
+        pl.read_parquet(ROOT / "examples/prompts/train.parquet").head(8).write_parquet(few)
+        run("-m", "batchgen", "submit", "jobs/train.yaml", *(f"--set={setting}" for setting in (
+            f"input.path={few}", f"output.path={tmp_path}/{engine}", f"model.draft={tmp_path}/head",
+            f"engine.kind={engine}", "model.dtype=float32", "speculation.tree.depth=2", "sampling.max_tokens=16",
+        )))  # fmt: skip
+    rows = {engine: pl.read_parquet(tmp_path / engine / "*.parquet").sort("row_id") for engine in ("torch", "vllm")}
+    assert all(table["draft_tokens"].min() > 0 for table in rows.values())
+    assert rows["torch"]["completion"].to_list() == rows["vllm"]["completion"].to_list()
+    assert sum(rows["torch"]["draft_tokens"]) == pytest.approx(sum(rows["vllm"]["draft_tokens"]), rel=0.1)
