@@ -25,7 +25,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Mypy and pytest; arguments after -- go to pytest."""
-    session.install("-e", ".[test,types]")
+    session.install("-e", ".[test,types,pii]")
     if not session.posargs:
         session.run("mypy")
     # The demo model comes from the package index once; no test may ask a hub for anything.

@@ -147,7 +147,7 @@ class WorkerActor:
                 )
         engine = kit.engine(costs)
         try:
-            worker = Worker(task, engine, kit.renderer)
+            worker = Worker(task, engine, kit.renderer, kit.screen)
             tally = worker.run(link.shards(), draining=link.draining, watch=lambda tally: link.watch(worker))
             link.tell(worker)
             return tally

@@ -76,7 +76,7 @@ def run(
         return _Crew(task, shards, kit.spec, costs).run(draining, watch)
     engine = kit.engine(costs)
     try:
-        return Worker(task, engine, kit.renderer).run(shards, draining=draining, watch=watch)
+        return Worker(task, engine, kit.renderer, kit.screen).run(shards, draining=draining, watch=watch)
     finally:
         engine.close()
 

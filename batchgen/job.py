@@ -26,7 +26,6 @@ from batchgen import (
     read,
     record,
     report,
-    screen,
     status,
     write,
 )
@@ -343,7 +342,7 @@ def _sample(job: Job, shards: list[Shard]) -> list[Row]:
     for shard in chosen:
         part = dataclasses.replace(shard, stop=min(shard.stop, shard.start + SURVEY_ROWS // len(chosen)))
         source = read.rows(job.source, part, job.columns, job.sampling)
-        rows += job.kit.renderer.rows(screen.rows(source))
+        rows += job.kit.renderer.rows(job.kit.screen.rows(source))
     return rows
 
 

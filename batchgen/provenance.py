@@ -13,7 +13,7 @@ from pathlib import Path
 
 from batchgen import __version__
 
-PACKAGES = ("torch", "transformers", "tokenizers", "vllm", "pyarrow", "fsspec", "gcsfs")
+PACKAGES = ("torch", "transformers", "tokenizers", "vllm", "pyarrow", "fsspec", "gcsfs", "presidio-analyzer")
 
 
 def versions() -> dict[str, str]:

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 from typing import TYPE_CHECKING
 
+from batchgen.pii import Finder
 from batchgen.record import Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from batchgen.record import Message, Row
+    from batchgen.spec import ScreenSpec
 
 _ROLES = ("system", "user", "assistant")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -30,7 +33,53 @@ _BLANK = re.compile(
 )
 
 
-def rows(rows: Iterable[Row]) -> Iterator[Row]:
+class Screen:
+    """What a job does with rows before a tokenizer sees them.
+
+    `finder` finds personal data; `skip` refuses rows that hold any, else it is masked, and `redacted` counts that.
+    """
+
+    def __init__(self, finder: Finder | None = None, *, skip: bool = False) -> None:
+        self._finder, self._skip = finder, skip
+        self.redacted: Counter[str] = Counter()
+
+    @staticmethod
+    def of(spec: ScreenSpec) -> Screen:
+        """The screen that a job file asks for.
+
+        Raises:
+            SpecError: Presidio is wanted and not installed.
+        """
+        if spec.pii == "off":
+            return Screen()
+        return Screen(Finder(spec.pii.entities), skip=spec.pii.action == "skip")
+
+    def rows(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """The same rows, with a verdict for each conversation that cannot be rendered or is not wanted."""
+        return judged(self._clean(row) for row in rows) if self._finder else judged(rows)
+
+    def _clean(self, row: Row) -> Row:
+        """The row without personal data, also where it is refused for something else."""
+        assert self._finder is not None
+        if row.messages is None:
+            return row
+        masked, found = [], Counter[str]()
+        for message in row.messages:
+            content, kinds = self._finder.redact(message["content"])
+            masked.append(message | {"content": content})
+            found += kinds
+        if not found:
+            return row
+        if not self._skip:
+            row.messages, self.redacted = masked, self.redacted + found
+            return row
+        kinds_found = ", ".join(f"{kind} {count}" for kind, count in sorted(found.items()))
+        row.messages = None
+        row.verdict = row.verdict or Verdict("skipped", "pii", f"the conversation holds {kinds_found}")
+        return row
+
+
+def judged(rows: Iterable[Row]) -> Iterator[Row]:
     """The same rows, with a verdict for each conversation that cannot be rendered."""
     for row in rows:
         if row.verdict is None:

@@ -244,9 +244,6 @@ _Rules = dict[str, Callable[[Mapping[str, Any]], bool]]
 
 # What the format has and this version has not; a later version deletes its line. "key: what to do instead": when.
 _NOT_YET: _Rules = {
-    "screen.pii: this version does not look for personal data; use off, and clean the table before the job": (
-        lambda v: v["screen.pii"] != "off"
-    ),
     "screen.dedupe: this version does not look for duplicates; use off, and clean the table before the job": (
         lambda v: v["screen.dedupe"] != "off"
     ),

@@ -37,7 +37,8 @@ class Tally(Rates):
     """One worker's counts, or those of several (`together`).
 
     `resumed` counts the output rows that were found in journals, `standing` those that stay of parts that are replaced,
-    `retries` the storage requests that were repeated. `reasons` has the error rows by their type.
+    `retries` the storage requests that were repeated. `reasons` has the error rows by their type,
+    `redacted` the personal data that was masked by its kind.
     """
 
     ok: int = 0
@@ -55,6 +56,7 @@ class Tally(Rates):
     generated_tokens: int = 0
     generating_s: float = 0.0
     reasons: dict[str, int] = dataclasses.field(default_factory=dict)
+    redacted: dict[str, int] = dataclasses.field(default_factory=dict)
     speculation: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -91,8 +93,9 @@ def together(tallies: Iterable[Tally]) -> Tally:
     for tally in tallies:
         for name in _COUNTS:
             setattr(total, name, getattr(total, name) + getattr(tally, name))
-        for reason, count in tally.reasons.items():
-            total.reasons[reason] = total.reasons.get(reason, 0) + count
+        for counts, more in ((total.reasons, tally.reasons), (total.redacted, tally.redacted)):
+            for name, count in more.items():
+                counts[name] = counts.get(name, 0) + count
         rate += tally.tokens_per_s or 0.0
         reports += [tally.speculation] if tally.speculation else []
     total.generating_s = total.generated_tokens / rate if rate else 0.0

@@ -165,6 +165,9 @@ def outcome(result: Outcome) -> str:
     if tally is not None:
         lines += _tuned(tally.speculation.get("workers") or [tally.speculation])
     lines.append(f"output: {result.output} ({s.parts:,} part{'s' if s.parts != 1 else ''})")
+    if result.tally is not None and result.tally.redacted:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(result.tally.redacted.items()))
+        lines.append(f"masked in prompts: {kinds}")
     lines.append(f"open it: python -c \"import polars; print(polars.read_parquet('{result.output}/*.parquet'))\"")
     return "\n".join(lines)
 

@@ -12,7 +12,7 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
-from batchgen import engines, models, record, render, screen
+from batchgen import engines, models, record, render
 from batchgen.attempt import Attempt
 from batchgen.errors import (
     AcceptanceError,
@@ -22,6 +22,7 @@ from batchgen.errors import (
     StoreError,
 )
 from batchgen.record import Piece, Request, Verdict
+from batchgen.screen import Screen
 from batchgen.tally import Tally
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Kit:
     target: Model | None
     draft: Model | None
     renderer: Renderer
+    screen: Screen
 
     @staticmethod
     def find(spec: Spec, *, weights: bool = True) -> Kit:
@@ -62,13 +64,14 @@ class Kit:
         Raises:
             ModelError: one is not there or does not fit.
         """
-        limit = spec.screen.max_prompt_tokens
+        limit, screen = spec.screen.max_prompt_tokens, Screen.of(spec.screen)
         if spec.engine.kind == "rehearsal":
-            return Kit(spec, None, None, render.PlainRenderer(max_prompt_tokens=limit))
+            return Kit(spec, None, None, render.PlainRenderer(max_prompt_tokens=limit), screen)
         target = models.fetch(spec.model.target, weights=weights)
         draft = models.fetch(spec.model.draft, weights=weights) if spec.model.draft else None
         special = spec.screen.special_tokens
-        return Kit(spec, target, draft, render.Renderer(target.path, special_tokens=special, max_prompt_tokens=limit))
+        renderer = render.Renderer(target.path, special_tokens=special, max_prompt_tokens=limit)
+        return Kit(spec, target, draft, renderer, screen)
 
     def engine(self, costs: Path) -> Engine:
         """Load the engine; measured costs are kept in the folder `costs`."""
@@ -82,8 +85,8 @@ class Worker:
     caller to take out.
     """
 
-    def __init__(self, task: Task, engine: Engine, renderer: Renderer) -> None:
-        self._task, self._engine, self._renderer = task, engine, renderer
+    def __init__(self, task: Task, engine: Engine, renderer: Renderer, screen: Screen) -> None:
+        self._task, self._engine, self._renderer, self._screen = task, engine, renderer, screen
         self._open: list[Attempt] = []
         self._rows: dict[tuple[str, int, int], tuple[Attempt, Row]] = {}
         self._warned = self._idle = False
@@ -167,6 +170,7 @@ class Worker:
             elif self._idle:
                 self.tally.running = 0
                 time.sleep(IDLE_SECONDS)
+            self.tally.redacted = dict(self._screen.redacted)
             self.tally.retries = self._task.source.retries + store.retries - before
             watch(self.tally)
         self.tally.speculation = self._engine.report()
@@ -224,7 +228,7 @@ class Worker:
     def _samples(self, attempt: Attempt, rows: Iterable[Row]) -> Iterator[Request | None]:
         """The samples of `rows` that are not in the journal; the one that may be to blame for a death after others."""
         suspect: Request | None = None
-        for row in self._renderer.rows(screen.rows(rows)):
+        for row in self._renderer.rows(self._screen.rows(rows)):
             for sample in range(self._task.sampling.n):
                 key = (row.row_id, sample)
                 if key in attempt.journal.done:

@@ -24,4 +24,4 @@ found = job.prepare(loaded)
 with Lease.take(found.sink, found.output, ttl_s=loaded.checkpoint.lease_seconds) as lease:
     engine = Logged(batch_size=loaded.batch_size, script=Script.of(loaded.engine.options))
     task = found.task(lease.epoch)
-    Worker(task, engine, found.kit.renderer).run(found.todo)
+    Worker(task, engine, found.kit.renderer, found.kit.screen).run(found.todo)

@@ -16,7 +16,7 @@ FLOORS = [
     {"errors", "locate"},
     {"spec", "record", "filesystems", "models", "provenance", "speculation"},
     {"store"},
-    {"claim"},
+    {"claim", "pii"},
     {"plan", "read", "screen", "render", "generate", "journal", "write", "lease", "tally"},
     {"engines"},
     {"acceptance", "attempt", "desk", "report", "status"},

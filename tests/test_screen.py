@@ -86,7 +86,7 @@ def test_rows_come_out_in_order_whatever_they_hold() -> None:
     good = Row("b", 1, Sampling(), messages=conversation("user:hi"))
     bad = Row("c", 2, Sampling(), messages=conversation("user:"))
     broken = Row("d", 3, Sampling(), messages=conversation("user:\ud800"))
-    rows = list(screen.rows([judged, good, bad, broken]))
+    rows = list(screen.Screen().rows([judged, good, bad, broken]))
     assert [row.row_id for row in rows] == ["a", "b", "c", "d"]
     assert [row.verdict and row.verdict.error_type for row in rows] == [
         "null_messages",
