@@ -34,7 +34,8 @@ CONFIDENCE = 1.96
 class Group:
     """Finished rows that have something in common.
 
-    rate: accepted / drafted tokens, None where nothing was drafted; `error` is what it is uncertain by (95 %)
+    rate: accepted / drafted tokens, None where nothing was drafted; `error` is what it is uncertain by (95 %), None
+        of one row, which cannot tell
     length: tokens a target pass, bonus token included
     by_depth: share of drafting passes that accepted the token at depth 1, 2, ...
     passes_share: of the job's target passes, how many went into these rows: where a better head would help most
@@ -149,8 +150,9 @@ def _group(name: str, row: dict[str, Any], total: dict[str, Any]) -> Group:
     drafted, accepted, steps = row["draft_tokens"], row["accepted_tokens"], row["target_steps"]
     rate = accepted / drafted if drafted else None
     error = None
-    if rate is not None:
-        error = CONFIDENCE * math.sqrt(max(0.0, row["aa"] - 2 * rate * row["ad"] + rate**2 * row["dd"])) / drafted
+    if rate is not None and row["rows"] > 1:
+        residuals = max(0.0, row["aa"] - 2 * rate * row["ad"] + rate**2 * row["dd"])
+        error = CONFIDENCE * math.sqrt(residuals * row["rows"] / (row["rows"] - 1)) / drafted
     depths = [row[key] / row["draft_steps"] for key in sorted(row) if key.startswith("depth ") and row["draft_steps"]]
     while depths and not depths[-1]:
         depths.pop()

@@ -253,7 +253,8 @@ def report(groups: list[Group], drift: Drift | None) -> str:
     for column in ("rows", "tokens", "passes", "acceptance rate", "length", "by depth"):
         table.add_column(column, justify="left" if column == "by depth" else "right")
     for group in groups:
-        rate = "nothing drafted" if group.rate is None else f"{group.rate:.3f} ± {group.error:.3f}"
+        rate = "nothing drafted" if group.rate is None else f"{group.rate:.3f}"
+        rate += "" if group.error is None else f" ± {group.error:.3f}"
         length = "" if group.length is None else f"{group.length:.2f}"
         depths = " ".join(f"{share:.3f}" for share in group.by_depth)
         counts = (f"{group.rows:,}", f"{group.tokens:,}", f"{group.passes_share:.0%}")

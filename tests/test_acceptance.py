@@ -75,6 +75,7 @@ def test_a_groups_figures_are_those_of_its_rows(tmp_path_factory, seed, count, s
         drafted, steps = (sum(r[name] for r in mine) for name in ("draft_tokens", "target_steps"))
         assert group.rows == len(mine)
         assert group.rate == pytest.approx(sum(r["accepted_tokens"] for r in mine) / drafted)
+        assert (group.error is None) == (group.rows == 1)
         assert group.length == pytest.approx(sum(r["completion_tokens"] - 1 for r in mine) / steps)
         for depth, share in enumerate(group.by_depth):
             kept = sum(sum(r["accepted_per_depth"][depth : depth + 1]) for r in mine)
