@@ -112,6 +112,24 @@ def test_a_flush_is_due_by_number_or_by_age_and_never_when_empty(tmp_path: Any) 
     assert not attempt.due(added + 1000)
 
 
+def test_a_store_that_takes_its_time_is_asked_sooner(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = connect(str(tmp_path))
+    attempt = claim(store, str(tmp_path), max_rows=3, max_seconds=2.0)
+    create = store.create
+
+    def slowly(url: str, data: bytes) -> bool:
+        time.sleep(0.5)
+        return create(url, data)
+
+    monkeypatch.setattr(store, "create", slowly)
+    for i in range(2):
+        attempt.add(row(i))
+        added = time.monotonic()
+        assert attempt.due(added + 2.0)
+        assert attempt.due(added + 1.5) == (i == 1), "what the last one took is left for the next"
+        attempt.flush()
+
+
 def test_a_zombies_rows_count_for_nothing(anywhere: Anywhere) -> None:
     store, folder = connect(*anywhere), anywhere[0]
     zombie = claim(store, folder)
