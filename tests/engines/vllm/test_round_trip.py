@@ -47,4 +47,3 @@ def test_a_head_is_trained_on_a_jobs_rows_and_drafts_on_both_engines(tmp_path):
     rows = {engine: pl.read_parquet(tmp_path / engine / "*.parquet").sort("row_id") for engine in ("torch", "vllm")}
     assert all(table["draft_tokens"].min() > 0 for table in rows.values())
     assert rows["torch"]["completion"].to_list() == rows["vllm"]["completion"].to_list()
-    assert sum(rows["torch"]["draft_tokens"]) == pytest.approx(sum(rows["vllm"]["draft_tokens"]), rel=0.1)
