@@ -50,7 +50,7 @@ def vllm(session: nox.Session) -> None:
     session.run("pip", "uninstall", "-q", "-y", "torchvision", "torchaudio", "torchcodec")
     # Without its dependencies, which bring the three back; what it needs of them is here.
     session.install("--no-deps", "speculators==0.9.0", "hs-connectors==0.9.0", "loguru==0.7.3")
-    chosen = session.posargs or ["-m", "not slow"]
+    chosen = session.posargs or ["-m", "not slow", "-n", "2", "--dist", "loadfile"]
     # vLLM's imports warn, and what it leaves to the garbage collector does.
     on_vllm = ["tests/engines/vllm", "tests/engines/test_conformance.py", "-k", "vllm", "-W", "default"]
     session.run("pytest", *on_vllm, *chosen, env={"HF_HUB_OFFLINE": "1"})
