@@ -85,7 +85,10 @@ def by(store: Store, output: str, columns: Sequence[str]) -> list[Group]:
     import polars as pl
 
     asked = [_LENGTHS.get(name, name) for name in columns]
-    sums = [pl.len().alias("rows"), *(pl.col(name).sum() for name in _COUNTS)]
+    sums = [
+        pl.len().alias("rows"),
+        *(pl.col(name).cast(pl.Int64).sum() for name in _COUNTS),
+    ]  # polars sums int32 in int32
     a, d = pl.col("accepted_tokens").cast(pl.Float64), pl.col("draft_tokens").cast(pl.Float64)
     sums += [(a * a).sum().alias("aa"), (a * d).sum().alias("ad"), (d * d).sum().alias("dd")]
     keys = [_bucket(name).alias(f"by {name}") for name in columns] or [pl.lit("all").alias("by all")]
@@ -93,7 +96,7 @@ def by(store: Store, output: str, columns: Sequence[str]) -> list[Group]:
     for frame in _frames(store, output, [*_COLUMNS, *asked]):
         deepest = int(frame["accepted_per_depth"].list.len().max() or 0)  # type: ignore[arg-type]
         depth = pl.col("accepted_per_depth").list
-        depths = [depth.get(i, null_on_oob=True).sum().alias(f"depth {i:02d}") for i in range(deepest)]
+        depths = [depth.get(i, null_on_oob=True).cast(pl.Int64).sum().alias(f"depth {i:02d}") for i in range(deepest)]
         partial.append(frame.group_by(keys).agg(*sums, *depths))
     stacked = pl.concat(partial, how="diagonal_relaxed")
     names = [name for name in stacked.columns if name.startswith("by ")]

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchgen import features, write
+from batchgen import engines, features, models, write
 from batchgen.errors import InputError, OutputConflictError
 from batchgen.store import STATE_FOLDER, connect
 
@@ -109,8 +109,16 @@ def run(spec: Spec, form: str, to: str, chosen: Selection, *, states: str | None
     if form == _SPECULATORS_STATES:
         keys = [key for _, frame in tables() for key in _keys(frame)]
         apart = {key: _held_out(key[0], chosen) for key in keys}
-        folder_of_states = states or f"{output}/{STATE_FOLDER}/features"
-        _with_states(connect(folder_of_states, spec.output.storage_options), folder_of_states, sink, export, apart)
+        states = states or f"{output}/{STATE_FOLDER}/features"
+        captured = connect(states, spec.output.storage_options)
+        last = engines.layers(models.fetch(spec.model.target, weights=False), None)[0][-1]
+        at = features.layers(captured, states)
+        if len(at) < 2 or at[-1] != last:
+            found = ", ".join(map(str, at))
+            raise InputError(
+                f"{states}: holds layers {found}; the trainer needs some and the last one, {last}, in the end"
+            )
+        _with_states(captured, states, sink, export, apart)
     else:
         _rows(sink, export, tables(), chosen)
     manifest(complete=True)

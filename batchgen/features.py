@@ -141,6 +141,19 @@ def read(store: Store, folder: str) -> Iterator[tuple[str, Iterator[tuple[tuple[
         yield name.removesuffix(".safetensors"), rows
 
 
+def layers(store: Store, folder: str) -> list[int]:
+    """After which decoder layers the hidden states in `folder` are.
+
+    Raises:
+        InputError: there are none.
+    """
+    try:
+        found: list[int] = json.loads(store.read(f"{folder.rstrip('/')}/{_MANIFEST}"))["layers"]
+    except FileNotFoundError as error:
+        raise InputError(f"{folder}: holds no hidden states; run `batchgen features` first") from error
+    return found
+
+
 def _check_target(store: Store, output: str, identity: str) -> None:
     try:
         job = json.loads(store.read(f"{output}/{JOB}"))

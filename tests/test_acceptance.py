@@ -135,6 +135,13 @@ def test_a_head_that_got_worse_fails_a_cron_job(tmp_path, job):
     assert facts["drift"]["rows"] == 270
 
 
+def test_a_job_may_have_more_tokens_than_an_int32_holds(tmp_path):
+    rows = [row(i, random.Random(i), 0.5) | {"completion_tokens": 1_500_000_000} for i in (1, 2, 3)]
+    narrow = [pl.col(name).cast(pl.Int32) for name in ("completion_tokens", "target_steps", "draft_tokens")]
+    pl.DataFrame(rows).with_columns(narrow).write_parquet(tmp_path / f"part-00000-{0:016x}.parquet")
+    assert acceptance.by(connect(str(tmp_path)), str(tmp_path), [])[0].tokens == 4_500_000_000
+
+
 def test_what_was_not_drafted_has_no_rate(tmp_path, job):
     rng = random.Random(1)
     plain = parts(tmp_path / "now", [row(i, rng, 0.6, drafted=False) for i in range(1, 30)])

@@ -173,6 +173,10 @@ def test_the_trainers_set_has_each_row_beside_its_hidden_states(tmp_path):
     assert missing.returncode == 2
     assert "batchgen features" in missing.stderr
     assert batchgen("features", job).returncode == 0
+    middle = tmp_path / "middle"
+    assert batchgen("features", job, "--layers", "2,15", "--to", middle).returncode == 0
+    wrong = batchgen(*export, "--states", middle)
+    assert (wrong.returncode, "the last one, 30" in wrong.stderr) == (2, True)
     done = batchgen(*export, "--hold-out", "0.2", "--where", "source = 'a'", "--json")
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
