@@ -3,8 +3,8 @@
 fsspec's local disk checks and then opens, and shows a file while it is written; ours writes aside and links. fsspec's
 memory checks and then opens; ours does so under a lock. gcsfs' upload is atomic, but cuts data without an error: its
 multipart boundary is always "==0==", and data that holds this boundary on a line of its own ends there (gcsfs
-2026.10.1, seen with fake-gcs-server); ours is random. adlfs replaces without a condition, ours also one version. S3 is
-s3fs as it is. What exceptions mean is said here too.
+2026.10.1, seen with fake-gcs-server); ours is random. adlfs replaces without a condition, ours also one version. s3fs
+tries each request five times; ours once, like the others: `store` repeats. What exceptions mean is said here too.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from fsspec.asyn import sync_wrapper
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
+from batchgen import urls
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -43,9 +45,11 @@ _TRANSIENT = {
     "azure.core.exceptions.ServiceRequestError",
     "azure.core.exceptions.ServiceResponseError",
     "botocore.exceptions.HTTPClientError",
+    "botocore.parsers.ResponseParserError",
     "fsspec.exceptions.FSTimeoutError",
     "google.auth.exceptions.RefreshError",
     "google.auth.exceptions.TransportError",
+    "http.client.IncompleteRead",
     "httpx.TransportError",
     "httpx2.TransportError",
     "requests.exceptions.ConnectionError",  # gcsfs makes one of HTTP 502
@@ -57,7 +61,8 @@ def transient(error: BaseException) -> bool:
     """Whether the same request may well succeed a moment later."""
     if isinstance(error, (FileNotFoundError, FileExistsError, PermissionError)):
         return False
-    if isinstance(error, OSError) and error.errno in {errno.EIO, errno.EBUSY}:  # s3fs' words for most of S3's 5xx
+    # s3fs' words for S3's 5xx.
+    if isinstance(error, OSError) and error.errno in {errno.EIO, errno.EBUSY, errno.EREMOTEIO}:
         return True
     code = _status(error)
     if code is not None:
@@ -69,9 +74,9 @@ def transient(error: BaseException) -> bool:
 
 
 def cause(error: BaseException | None) -> str:
-    """One line that says what happened."""
+    """One line that says what happened, without secrets: who is sent on to another URL is told its signature."""
     code = _status(error)
-    text = " ".join(str(error).split())[:300]
+    text = urls.without_secrets(" ".join(str(error).split()))[:300]
     return f"HTTP {code} {text.removesuffix(f', {code}')}".rstrip() if code else f"{type(error).__name__}: {text}"
 
 
@@ -249,6 +254,23 @@ def gcs() -> tuple[type[Any], tuple[type[Exception], ...]]:
             )
 
     return Gcs, (gcsfs.retry.HttpError, google.auth.exceptions.GoogleAuthError)
+
+
+@functools.cache
+def s3() -> tuple[type[Any], tuple[type[Exception], ...]]:
+    """The file system of s3fs with one try per request, and what it raises beside OSError and ValueError."""
+    import s3fs
+    from botocore.exceptions import BotoCoreError
+
+    class S3(s3fs.S3FileSystem):  # type: ignore[misc]  # s3fs is untyped
+        # Its own five tries, and botocore's, nothing counts or logs.
+        retries = 1
+
+        def __init__(self, *arguments: Any, config_kwargs: Mapping[str, Any] | None = None, **options: Any) -> None:
+            once = {"retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": 30}
+            super().__init__(*arguments, config_kwargs=once | dict(config_kwargs or {}), **options)
+
+    return S3, (BotoCoreError,)
 
 
 @functools.cache

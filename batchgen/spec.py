@@ -14,7 +14,6 @@ import functools
 import math
 import os
 import posixpath
-import re
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, PlainSerializer, Tag, ValidationError, model_validator
 
+from batchgen import urls
 from batchgen.errors import SpecError
 from batchgen.locate import Document, Key, places
 
@@ -310,7 +310,13 @@ _IMPOSSIBLE: _Rules = {
         lambda v: _on_ray(v) and "memory://" in (v["input.path"][:9], v["output.path"][:9])
     ),
     "input.path: a URL with a signature or password would stand in logs and in the output; use storage_options": (
-        lambda v: bool(re.match(r"https?://([^/]*@|.*\?)", v["input.path"]))
+        lambda v: urls.holds_secret(v["input.path"])
+    ),
+    "output.path: a URL with a signature or password would stand in logs; use storage_options": (
+        lambda v: urls.holds_secret(v["output.path"])
+    ),
+    "output.path: rows are safe only where a create is atomic: gs://, s3://, az:// or a local path": (
+        lambda v: urls.scheme(v["output.path"]) not in urls.WRITABLE
     ),
     "output.path: is one folder; * and ? are not allowed": lambda v: bool(set("*?") & set(v["output.path"])),
     "output.path: input.path would find what is written there; choose a folder that it does not reach": (
@@ -421,8 +427,9 @@ def _finds(pattern: str, folder: str) -> bool:
     """Whether `pattern`, a file, folder or glob, finds a part written to `folder`."""
 
     def parts(path: str) -> list[str]:
-        path = re.sub(r"^(file|local)://", "", path).replace("gcs://", "gs://")
-        return posixpath.normpath(path if "://" in path else Path(path).expanduser().absolute()).rstrip("/").split("/")
+        kind, below = urls.scheme(path), path.partition("://")[2] or path
+        path = f"{kind}://{below}" if kind else str(Path(below).expanduser().absolute())
+        return posixpath.normpath(path).rstrip("/").split("/")
 
     def match(names: list[str], globs: list[str]) -> bool:
         if globs[:1] == ["**"]:

@@ -28,7 +28,7 @@ import fsspec
 import tenacity
 from fsspec.asyn import AsyncFileSystem
 
-from batchgen import filesystems
+from batchgen import filesystems, urls
 from batchgen.errors import InputError, StoreError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ STATE_FOLDER = "__batchgen"
 
 _T = TypeVar("_T")
 _log = logging.getLogger("batchgen.store")
-_GCS, _S3, _AZURE = {"gs", "gcs"}, {"s3", "s3a"}, {"az", "abfs", "abfss"}
+_GCS, _S3, _AZURE, _HUB = "gs", "s3", "az", "hf"
 
 
 def connect(url: str, options: Mapping[str, Any] | None = None) -> Store:
@@ -52,22 +52,44 @@ def connect(url: str, options: Mapping[str, Any] | None = None) -> Store:
         InputError: no file system for the URL's scheme, or its package is not installed.
         StoreError: the file system refuses its options or its surroundings.
     """
-    scheme = _scheme(url)
+    scheme = urls.scheme(url)
+    if urls.holds_secret(url):
+        raise InputError(
+            f"{scheme}://...: a URL with a password or signature would stand in logs and output; {_REMEDY}"
+        )
     settings = {"skip_instance_cache": True, "use_listings_cache": False, **(options or {})}
-    kinds: dict[str, type[Any]] = {"": filesystems.Disk, "file": filesystems.Disk, "memory": filesystems.Memory}
     failures: tuple[type[Exception], ...] = (OSError, ValueError, ImportError)
     try:
-        if scheme in _GCS:
-            kinds[scheme], more = filesystems.gcs()
-            failures += more
+        kind, more = _KINDS[scheme]() if scheme in _KINDS and _at_hand(scheme) else (_kind(url, scheme), ())
+        failures += more
+        if scheme == _GCS:
             settings = filesystems.gcs_settings(settings) | settings
-        elif scheme in _AZURE and importlib.util.find_spec("adlfs"):
-            kinds[scheme], more = filesystems.azure()
-            failures += more
-        kind = kinds.get(scheme) or _kind(url, scheme)
         return Store(scheme, kind(**settings), failures, (url, options))
-    except failures as error:
+    except (*failures, TypeError) as error:  # TypeError for an option that it does not know
         raise StoreError(f"{url}: cannot connect: {filesystems.cause(error)}") from error
+
+
+def _hub() -> tuple[type[Any], tuple[type[Exception], ...]]:
+    from batchgen import hub
+
+    return hub.Hub, (hub.FAILURE,)
+
+
+_REMEDY = "leave it to the library's own credentials, or to storage_options"
+_KINDS: dict[str, Callable[[], tuple[type[Any], tuple[type[Exception], ...]]]] = {
+    "": lambda: (filesystems.Disk, ()),
+    "memory": lambda: (filesystems.Memory, ()),
+    _GCS: filesystems.gcs,
+    _S3: filesystems.s3,
+    _AZURE: filesystems.azure,
+    _HUB: _hub,
+}
+
+
+def _at_hand(scheme: str) -> bool:
+    """Whether the package that our own class is made of is installed; fsspec says best what is missing."""
+    package = {_S3: "s3fs", _AZURE: "adlfs"}.get(scheme)
+    return package is None or importlib.util.find_spec(package) is not None
 
 
 def _kind(url: str, scheme: str) -> type[Any]:
@@ -82,7 +104,7 @@ def _kind(url: str, scheme: str) -> type[Any]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
-    """One stored object; `version` changes with it: GCS' generation, S3's and Azure's ETag, size and mtime."""
+    """One stored object; `version` changes with it: GCS' generation, S3's and Azure's ETag, git's id, size and time."""
 
     url: str
     size_bytes: int
@@ -230,26 +252,34 @@ class Store:
         """What killed writers left below `folder`, an hour old or more: files on disk, elsewhere nothing is left."""
         if not isinstance(self.fs, filesystems.Disk):
             return []
-        found = self.fs.unfinished(self._path(folder), older_s=3600)
-        return [f"{self.scheme}://{path}" if self.scheme else path for path in found]
+        found: list[str] = self.fs.unfinished(self._path(folder), older_s=3600)
+        return found
 
     @contextlib.contextmanager
     def open(self, url: str, *, version: str | None = None) -> Iterator[BinaryIO]:
         """A seekable file for ranged reads of one object; nothing is read ahead or cached.
 
         Raises:
-            InputError: `version` is given and is not the object's.
+            InputError: `version` is given and is not the object's, when opened or when closed after all was well.
             StoreError: on GCS, the object was replaced while open.
         """
         entry = self.info(url)
-        if version not in {None, entry.version}:
-            raise InputError(
-                f"{url}: changed since it was planned (version {version}, now {entry.version}); plan again"
-            )
+
+        def still(now: Entry) -> None:
+            if version not in {None, now.version}:
+                raise InputError(
+                    f"{url}: changed since it was planned (version {version}, now {now.version}); plan again"
+                )
+
+        still(entry)
         with (
             Path(self._path(url)).open("rb") if isinstance(self.fs, filesystems.Disk) else _Ranged(self, entry) as file
         ):
             yield cast("BinaryIO", file)
+        # A shard is read for as long as it runs, and only GCS is asked for the bytes of one version.
+        if version is not None and self.scheme != _GCS:
+            with contextlib.suppress(FileNotFoundError):  # what was read had its version
+                still(self.info(url))
 
     def tails(self, entries: Sequence[Entry], num_bytes: int) -> list[bytes]:
         """The last `num_bytes` of each object (all of a smaller one) in the order of `entries`, all at once."""
@@ -272,7 +302,7 @@ class Store:
 
     def _range(self, entry: Entry, start: int, end: int) -> bytes:
         """Bytes [start, end) of the very version in `entry` (S3 is not asked for it)."""
-        path, pin = self._path(entry.url), {"generation": entry.version} if self.scheme in _GCS else {}
+        path, pin = self._path(entry.url), {"generation": entry.version} if self.scheme == _GCS else {}
 
         def fetch(limit: dict[str, float]) -> bytes:
             data = cast("bytes", self.fs.cat_file(path, start=start, end=end, **pin, **limit))
@@ -287,11 +317,11 @@ class Store:
 
     def _if_still(self, entry: Entry, data: bytes) -> dict[str, Any]:
         """What the file system is told so that it replaces only this version, or only these bytes."""
-        if self.scheme in _GCS:
+        if self.scheme == _GCS:
             return {"generation": entry.version}
-        if self.scheme in _AZURE:
+        if self.scheme == _AZURE:
             return {"version": entry.version}
-        return {"IfMatch": entry.version} if self.scheme in _S3 else {"old": data}
+        return {"IfMatch": entry.version} if self.scheme == _S3 else {"old": data}
 
     def _write(self, verb: str, url: str, data: bytes, *, mode: str, **condition: Any) -> None:
         """Store `data` in one atomic operation; FileExistsError when something else is there than asked for.
@@ -300,7 +330,7 @@ class Store:
             FileNotFoundError: there is a `condition`, and nothing to replace.
         """
         path = self._path(url)
-        if self.scheme not in {"", "file", "memory"} | _GCS | _S3 | _AZURE:
+        if self.scheme not in urls.WRITABLE:
             raise StoreError(
                 f"{verb} {url}: {self.scheme}:// has no atomic create; write to gs://, s3://, az:// or a local path"
             )
@@ -314,7 +344,7 @@ class Store:
             raise StoreError(f"{verb} {url}: nowhere to write; does the bucket exist?") from error
 
     def _path(self, url: str) -> str:
-        assert _scheme(url) == self.scheme, f"{url} given to a store of {self.scheme or 'local'} paths"
+        assert urls.scheme(url) == self.scheme, f"{url} given to a store of {self.scheme or 'local'} paths"
         return cast("str", self.fs._strip_protocol(url))  # noqa: SLF001  # fsspec's own name for it
 
     def _entries(self, infos: Mapping[str, Mapping[str, Any]]) -> dict[str, Entry]:
@@ -395,9 +425,3 @@ class _Ranged(io.RawIOBase):
         data = self.read(len(buffer))
         buffer[: len(data)] = data
         return len(data)
-
-
-def _scheme(url: str) -> str:
-    """What stands before "://"; empty for a local path."""
-    head, mark, _ = url.partition("://")
-    return head if mark else ""

@@ -53,6 +53,7 @@ def _load(name: str) -> Any:
 
 
 _load("faultproxy")  # tests then `from faultproxy import Fault`
+_load("hub")
 
 
 @pytest.fixture(scope="session")

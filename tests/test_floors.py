@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = [
     {"batchgen_kernels"},
-    {"errors", "locate"},
-    {"spec", "record", "filesystems", "models", "provenance", "speculation"},
+    {"errors", "locate", "urls"},
+    {"spec", "record", "filesystems", "hub", "models", "provenance", "speculation"},
     {"store"},
     {"claim", "pii"},
     {"plan", "read", "screen", "render", "generate", "journal", "write", "lease", "tally"},

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
-import http.server
 import json
 import os
 import subprocess
 import sys
-import threading
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hub import COMMIT, Hub
 
 from batchgen import models
 from batchgen.errors import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
     from batchgen.models import Model
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPOSITORIES = {
     "acme/chat": {
         "config.json": b"{}",
@@ -191,48 +188,6 @@ def test_a_cache_that_cannot_be_written_is_said_in_one_line(tmp_path: Path) -> N
         models.fetch("demo:smollm2-135m", cache=tmp_path / "cache")
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the Hub's HTTP interface as a download needs."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        parts = self.path.partition("?")[0].strip("/").split("/")
-        repository = "/".join(parts[2:4] if parts[:2] == ["api", "models"] else parts[:2])
-        files = REPOSITORIES.get(repository)
-        if repository == "acme/gated":
-            self._answer(b"{}", 403, {"X-Error-Code": "GatedRepo"})
-        elif files is None:
-            self._answer(b"{}", 404, {"X-Error-Code": "RepoNotFound"})
-        elif "revision" in parts and parts[-1] not in ("main", COMMIT):
-            self._answer(b"{}", 404, {"X-Error-Code": "RevisionNotFound"})
-        elif "revision" in parts:
-            named = [{"rfilename": name} for name in files]
-            self._answer(json.dumps({"id": repository, "sha": COMMIT, "siblings": named}).encode())
-        elif "tree" in parts:
-            sizes = [
-                {"type": "file", "path": name, "oid": hashlib.sha1(data).hexdigest(), "size": len(data)}
-                for name, data in files.items()
-            ]
-            self._answer(json.dumps(sizes).encode())
-        else:
-            data = files["/".join(parts[4:])]
-            self._answer(data, 200, {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha1(data).hexdigest()}"'})
-
-    do_HEAD = do_GET
-
-    def _answer(self, body: bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 def fetched(cache: Path, endpoint: str, *refs: str, weights: bool = True, **env: str) -> list[Any]:
     """What `fetch` gives for each of `refs` in a process of its own, since the Hub's address is read on import."""
     code = """
@@ -254,15 +209,10 @@ print(json.dumps(answers))
     return json.loads(done.stdout)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def hub() -> Iterator[str]:
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with Hub({f"models/{name}": files for name, files in REPOSITORIES.items()}).serve() as server:
+        yield server.url
 
 
 def test_a_hub_model_is_its_commit_and_comes_without_what_nobody_reads(tmp_path: Path, hub: str) -> None:

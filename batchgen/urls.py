@@ -1,0 +1,29 @@
+"""How a place in storage is named: in one way, and never with a secret."""
+
+from __future__ import annotations
+
+import re
+
+# Storage with an atomic create; "memory" is for tests.
+WRITABLE = {"", "memory", "gs", "s3", "az"}
+# By another name a file would be another shard, and its rows be done once more.
+_SAME = {"file": "", "local": "", "gcs": "gs", "s3a": "s3", "abfs": "az", "abfss": "az"}
+# user:password@ before the host, on the web any user; and name=value behind a question mark, as signed URLs have.
+_SECRET = re.compile(r"://[^/@]*:[^/@]*@|https?://[^/]*@|https?://.*\?|://[^\s]*\?[\w-]+=", re.IGNORECASE)
+_URL = re.compile(r"(\b[a-z][a-z0-9+.-]*://)(?:[^\s/@'\"]*@)?([^\s?'\"<>]*)(\?[^\s'\"<>]*)?", re.IGNORECASE)
+
+
+def scheme(url: str) -> str:
+    """What stands before "://", one word for each kind of storage; empty for a local path."""
+    head, mark, _ = url.partition("://")
+    return _SAME.get(head.lower(), head.lower()) if mark else ""
+
+
+def holds_secret(url: str) -> bool:
+    """Whether a URL carries a password or a signature."""
+    return bool(_SECRET.search(url))
+
+
+def without_secrets(text: str) -> str:
+    """A text with users, passwords and queries left out of the URLs in it, for logs."""
+    return _URL.sub(lambda found: f"{found[1]}{found[2]}{'?...' if found[3] else ''}", text)
