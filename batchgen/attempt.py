@@ -113,7 +113,7 @@ class Attempt:
             again = part.commit, part.table.filter(pc.invert(failed))
             rows = part.table.select(["row_id", "sample", "attempts"]).filter(failed).to_pylist()
             attempts = {(row["row_id"], row["sample"]): row["attempts"] for row in rows}
-        elif write.stands(task.sink, task.output, shard):
+        elif write.standing(task.sink, task.output, shard):
             return None
         journal = Journal.claim(
             task.sink,

@@ -41,6 +41,7 @@ class Claim:
     accepted: tuple[str, ...]
     file: str
     version: str
+    fingerprint: str = ""
     deaths: int = 0
     alone: tuple[str, int] | None = None
     times: int = 0
@@ -73,7 +74,7 @@ class Claim:
         alone: tuple[str, int] | None = None,
     ) -> Claim:
         """The next claim, with everything that `before` accepted and wrote; `alone` as `_alone` found it."""
-        origin = (shard.file, shard.version) if shard else ("", "")
+        origin = (shard.file, shard.version, shard.fingerprint) if shard else ("", "", "")
         nonce = uuid.uuid4().hex[:12]
         if before is None:
             return Claim(1, nonce, (), *origin)
@@ -90,7 +91,7 @@ class Claim:
         """As it is stored."""
         facts = {"n": self.number, "worker": worker, "host": platform.node(), "pid": os.getpid(), "epoch": epoch}
         facts |= {"nonce": self.nonce}
-        facts |= {"file": self.file, "version": self.version}
+        facts |= {"file": self.file, "version": self.version, "fingerprint": self.fingerprint}
         facts |= {"deaths": self.deaths, "alone": self.alone, "times": self.times}
         return json.dumps(facts | {"accepted": self.accepted}, indent=1).encode()
 
@@ -98,8 +99,9 @@ class Claim:
     def of(facts: Mapping[str, Any]) -> Claim:
         """Raises KeyError or TypeError for what is none."""
         alone = facts["alone"] and (facts["alone"][0], facts["alone"][1])
-        names = (facts["n"], facts["nonce"], tuple(facts["accepted"]), facts["file"], facts["version"])
-        return Claim(*names, facts["deaths"], alone, facts["times"])
+        names = (facts["n"], facts["nonce"], tuple(facts["accepted"]))
+        origin = (facts["file"], facts["version"], facts["fingerprint"])
+        return Claim(*names, *origin, facts["deaths"], alone, facts["times"])
 
 
 def latest(store: Store, files: Mapping[str, Entry]) -> Claim | None:

@@ -29,6 +29,7 @@ from batchgen.actors import CALL_SECONDS, DeskActor, Look, WorkerActor
 from batchgen.errors import (
     BatchgenError,
     ClusterError,
+    ClusterLostError,
     DrainedError,
     EngineError,
     LeaseLostError,
@@ -49,8 +50,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("batchgen.cluster")
 
-# A preempted machine has 30 s; what is not journalled by then is given up.
-DRAIN_SECONDS = 22.0
+# A preempted machine has 30 s, of which the end of workers and of Ray takes some.
+DRAIN_SECONDS = 18.0
 # Deaths in a row, for each of up to four workers, without one finished row in between: it is not the rows, then.
 DEATHS_IN_A_ROW = 12
 # Workers that died on one node before they had an engine: it is the node, then, and others take its place.
@@ -69,7 +70,8 @@ def run(
     """Generate and commit `shards`.
 
     Raises:
-        ClusterError: Ray is not installed, no worker can be started, or all die; finished rows are journalled.
+        ClusterError: Ray does not start, or no worker can be; finished rows are journalled.
+        ClusterLostError: Ray is gone; finished rows are journalled.
         BatchgenError: what `worker.Worker.run` and `engines.build` raise.
     """
     if kit.spec.on_ray:
@@ -129,7 +131,7 @@ class _Crew:
                     self._drain()
                     raise
             except (RayError, GetTimeoutError) as error:
-                raise ClusterError(
+                raise ClusterLostError(
                     f"Ray: {_first_line(error)}; finished rows are journalled, run the same command again"
                 ) from error
             finally:
@@ -279,7 +281,7 @@ class _Crew:
                     kills.append(kill.remote(hand.facts["pid"]))
         if kills:
             with contextlib.suppress(Exception):
-                self._ray.wait(kills, num_returns=len(kills), timeout=10)
+                self._ray.wait(kills, num_returns=len(kills), timeout=5)
 
     def _drain(self) -> None:
         """Let workers journal what is finished."""

@@ -12,7 +12,8 @@
   - ReconciliationError        (exit 1)   the output does not hold every input row exactly once
   - OutputConflictError        (exit 73)  the output folder holds another job's rows
   - DrainedError               (exit 75)  stopped on request; run the same command again to go on
-  - ClusterError               (exit 75)  Ray is gone, or has no place for a worker
+  - ClusterError               (exit 1)   Ray does not start, has no place for a worker, or another batchgen
+  - ClusterLostError           (exit 75)  Ray is gone in the middle of a run
   - LeaseHeldError             (exit 75)  another run writes to this output; run again when it has ended
   - LeaseLostError             (exit 75)  another run took this one's output over
 
@@ -86,7 +87,11 @@ class DrainedError(BatchgenError):
 
 
 class ClusterError(BatchgenError):
-    """Ray is gone, or has no place for a worker; what is finished is journalled."""
+    """Ray does not start, has no place for a worker, or another batchgen; what is finished is journalled."""
+
+
+class ClusterLostError(BatchgenError):
+    """Ray is gone in the middle of a run; what is finished is journalled."""
 
     exit_code = 75
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import huggingface_hub
 from huggingface_hub import constants, errors
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
 # It calls for httpx or httpx2, by its version; what either raises is the base of its own errors.
 FAILURE: type[Exception] = errors.HfHubHTTPError.__mro__[1]
 
 
-class Hub(huggingface_hub.HfFileSystem):  # type: ignore[misc]  # fsspec is untyped
+class Hub(huggingface_hub.HfFileSystem):
     """Files of models, datasets and spaces, each look a request."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -40,11 +40,10 @@ class Hub(huggingface_hub.HfFileSystem):  # type: ignore[misc]  # fsspec is unty
         """No: only `url` asks, which has another page for people to look at folders."""
         return False
 
-    def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
+    def info(self, path: str, *arguments: Any, **kwargs: Any) -> dict[str, Any]:
         """One file or folder."""
         self.dircache.clear()
-        found: dict[str, Any] = super().info(path, **kwargs)
-        return found
+        return super().info(path, *arguments, **kwargs)
 
     def ls(self, path: str, *arguments: Any, **kwargs: Any) -> Any:
         """A folder."""

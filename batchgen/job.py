@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 import logging
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ from batchgen import (
     write,
 )
 from batchgen.attempt import Task
-from batchgen.errors import OutputConflictError, ReconciliationError, TooManyErrorsError
+from batchgen.errors import CorruptOutputError, ModelError, OutputConflictError, ReconciliationError, TooManyErrorsError
 from batchgen.lease import Lease
 from batchgen.speculation import costs
 from batchgen.store import STATE_FOLDER, connect
@@ -130,6 +131,12 @@ class Job:
         """The parts that stand when first asked for, by shard: one listing, which may take seconds."""
         return write.parts(self.sink, self.output)
 
+    def but(self, **changes: Any) -> Job:
+        """The same job with other fields, and the parts that it knows."""
+        changed = dataclasses.replace(self, **changes)
+        vars(changed)["parts"] = self.parts
+        return changed
+
     @functools.cached_property
     def todo(self) -> list[Shard]:
         """Shards without a part, or with one whose failed rows are to be done again, in input order."""
@@ -159,11 +166,15 @@ class Survey:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a submit left behind: the whole job's summary, and this run's tally (None when there was nothing to do)."""
+    """What a submit left behind: the whole job's summary, and this run's tally (None when there was nothing to do).
+
+    `retries` counts the requests to storage that were repeated, by the driver, its lease and the workers.
+    """
 
     summary: Summary
     tally: Tally | None
     output: str
+    retries: int
 
 
 def prepare(spec: Spec, *, weights: bool = True) -> Job:
@@ -227,14 +238,26 @@ def submit(
         DrainedError: `draining` became true.
         ReconciliationError: the parts do not hold every input row exactly once.
     """
-    job = prepare(spec)
+    job = prepare(spec, weights=False)
     with Lease.take(job.sink, job.output, ttl_s=spec.checkpoint.lease_seconds, draining=draining) as lease:
         _own_output(job, mix=mix)
         if retry_failed:
             again = plan.failed(job.sink, job.parts, job.plan)
-            job = dataclasses.replace(job, again=again)
+            job = job.but(again=again)
+        if job.todo:
+            job = _with_weights(job)
         started(job)
         return _run(job, lease, draining=draining, watch=watch)
+
+
+def _with_weights(job: Job) -> Job:
+    """The job with its models here; who holds no lease, or has nothing to do, need not fetch them."""
+    found = job.but(kit=Kit.find(job.spec))
+    for name in ("target_identity", "draft_identity"):
+        if found.facts[name] != job.facts[name]:
+            was, now = job.facts[name], found.facts[name]
+            raise ModelError(f"model.{name.partition('_')[0]}: was {was}, and is {now} a moment later; submit again")
+    return found
 
 
 def survey(spec: Spec) -> Survey:
@@ -281,8 +304,9 @@ def collect(spec: Spec, *, remove: bool = True) -> list[str]:
     job = prepare(spec, weights=False)
     with Lease.take(job.sink, job.output, ttl_s=spec.checkpoint.lease_seconds) as lease:
         versions = {file.url: file.version for file in job.plan.files}
-        done = {shard.key for shard in job.plan.shards} - {shard.key for shard in job.todo}
-        found = journal.strays(job.sink, job.output, versions, done)
+        done = {shard.key for shard in job.plan.shards} & job.parts.keys()
+        commit = lambda key: write.commit_of(job.sink, job.parts[key])  # noqa: E731
+        found = journal.strays(job.sink, job.output, job.plan.fingerprint, versions, done, commit)
         unfinished = job.sink.unfinished(job.output)
         if remove:
             lease.check()
@@ -316,12 +340,18 @@ def _run(job: Job, lease: Lease, *, draining: Callable[[], bool], watch: Callabl
     summary = report.summarise(job.sink, job.output, job.plan, job.sampling.n)
     stored = report.load(job.sink, job.output) or {}
     if any(stored.get(name) != value for name, value in summary.as_json().items()):
-        ran = ("tokens_per_s", "speculation", "retries")
-        run = {name: tally and getattr(tally, name) for name in ran}
+        run = {name: tally and getattr(tally, name) for name in ("tokens_per_s", "speculation")}
+        run["retries"] = _retries(job, lease, tally)
         report.save(job.sink, job.output, summary, job.facts | run)
     if summary.problems:
         raise ReconciliationError(f"{job.output}: " + "; ".join(summary.problems))
-    return Outcome(summary, tally, job.output)
+    return Outcome(summary, tally, job.output, _retries(job, lease, tally))
+
+
+def _retries(job: Job, lease: Lease, tally: Tally | None) -> int:
+    own = job.source.retries + job.sink.retries + lease.retries
+    # A worker in this process has the driver's stores.
+    return own + (tally.retries if tally and job.spec.on_ray else 0)
 
 
 def _only_failing(tally: Tally, allowed: float) -> None:
@@ -352,7 +382,7 @@ def _own_output(job: Job, *, mix: bool) -> None:
     url = f"{job.output}/{JOB}"
     mine = {"fingerprint": job.plan.fingerprint, "columns": columns, "rows_per_part": job.spec.checkpoint.rows_per_part}
     text = json.dumps(mine | job.facts | {"spec": _public(job.spec)}, indent=2).encode()
-    theirs: dict[str, Any] = mine if job.sink.create(url, text) else json.loads(job.sink.read(url))
+    theirs: dict[str, Any] = mine if job.sink.create(url, text) else _stored(job.sink, url)
     other = any(theirs.get(name) != value for name, value in mine.items())
     if other and not job.parts and not any(journal.pending(job.sink, job.output).values()):
         job.sink.put(url, text)  # a submit that never finished a row holds nothing
@@ -361,14 +391,13 @@ def _own_output(job: Job, *, mix: bool) -> None:
     if theirs.get("columns") != columns:
         found = ", ".join(sorted(set(theirs.get("columns", ())) ^ set(columns))) or "their order"
         raise OutputConflictError(f"{job.output}: its parts have other columns than this job's ({found}); {elsewhere}")
-    if theirs.get("fingerprint") != mine["fingerprint"]:
-        if mix:
-            return
+    same = theirs.get("fingerprint") == mine["fingerprint"]
+    if not same and not mix:
         raise OutputConflictError(
             f"{job.output}: holds rows of another job, which differs in {_difference(theirs, job)}; {elsewhere}, or "
             f"--mix to keep both in one folder"
         )
-    if theirs.get("rows_per_part") != mine["rows_per_part"]:
+    if same and theirs.get("rows_per_part") != mine["rows_per_part"]:
         rows, wanted = theirs.get("rows_per_part"), mine["rows_per_part"]
         raise OutputConflictError(
             f"{job.output}: its parts hold {rows} rows each; checkpoint.rows_per_part {wanted} would write "
@@ -380,6 +409,16 @@ def _own_output(job: Job, *, mix: bool) -> None:
             f"{job.output}: {len(doubled)} parts could hold rows that this job would write again: "
             f"{'; '.join(doubled[:3])}; remove them, or {elsewhere}"
         )
+
+
+def _stored(sink: Store, url: str) -> dict[str, Any]:
+    try:
+        facts: dict[str, Any] = json.loads(sink.read(url))
+        _ = facts["fingerprint"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise CorruptOutputError(f"{url}: not what batchgen notes of a job ({error}); choose another output.path, or "
+                                 f"remove it if the folder holds this job's rows only") from error  # fmt: skip
+    return facts
 
 
 def _difference(theirs: dict[str, Any], job: Job) -> str:
@@ -396,7 +435,16 @@ def _public(spec: Spec) -> dict[str, Any]:
     shown: dict[str, Any] = spec.model_dump(mode="json")
     for folder in ("input", "output"):
         shown[folder].pop("storage_options", None)
+    shown["engine"]["options"] = _masked(shown["engine"]["options"])
     return shown
+
+
+def _masked(options: Any) -> Any:
+    """Engine options without what may be secret among them."""
+    if not isinstance(options, dict):
+        return options
+    secret = re.compile("token$|secret|password|api_?key", re.IGNORECASE)
+    return {name: "not stored" if secret.search(name) else _masked(value) for name, value in options.items()}
 
 
 def _costs_folder() -> Path:

@@ -13,9 +13,10 @@ Names hold the claim's nonce, because the number alone comes back when a shard's
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import errno
 import io
+import itertools
 import json
 import time
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ from batchgen.errors import CorruptOutputError, OutputConflictError, StoreError
 from batchgen.store import STATE_FOLDER
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 
     from batchgen.record import Piece, Shard
     from batchgen.store import Entry, Store
@@ -94,7 +95,11 @@ class Journal:
             OutputConflictError: an accepted segment has other columns than `schema`.
         """
         folder = _folder(output_url, f"{shard.key}-{again[0]}" if again else shard.key)
-        while True:
+        began = time.monotonic()
+        for pause_s in _pauses():
+            if time.monotonic() - began > store.budget_s:
+                raise StoreError(f"{folder}: claims that exist are not listed, for {store.budget_s:.0f} s by now")
+            time.sleep(pause_s)
             files = _by_name(store.find(folder))
             try:
                 before = latest(store, files)
@@ -114,6 +119,7 @@ class Journal:
                 raise CorruptOutputError(f"{error.filename}: this journal segment is missing; {remedy}") from error
             accepted |= {"": again[1]} if again else {}
             return cls(store, folder, claim, schema, accepted, max_rows=max_rows, max_seconds=max_seconds)
+        raise AssertionError("the pauses have no end")
 
     @classmethod
     def join(
@@ -163,8 +169,14 @@ class Journal:
         Raises:
             CorruptOutputError, OutputConflictError: as `claim`.
         """
-        files = _by_name(self._store.find(self._folder))
-        new = tuple(sorted(name for name in files if name.startswith(self._segments + _helper(piece))))
+        files, mine = _by_name(self._store.find(self._folder)), self._segments + _helper(piece)
+        # What a listing does not show yet is asked for by name: nobody else would do these rows.
+        with contextlib.suppress(FileNotFoundError):
+            for number in itertools.count():
+                name = f"{mine}{number:06d}.rows"
+                if name not in files:
+                    files[name] = self._store.info(f"{self._folder}/{name}")
+        new = tuple(sorted(name for name in files if name.startswith(mine)))
         self._tables |= _load(self._store, self._folder, new, files, self._schema, self.done)
         self.done.update(key for name in new for key in _keys(self._tables[name]))
 
@@ -257,8 +269,19 @@ def sweep(store: Store, output_url: str, keys: set[str]) -> None:
             remove(store, _folder(output_url, name))
 
 
-def strays(store: Store, output_url: str, versions: Mapping[str, str], done: set[str]) -> list[str]:
-    """The journals, by URL, of the shards `done`, and of those whose file has another version among `versions` now."""
+def strays(
+    store: Store,
+    output_url: str,
+    fingerprint: str,
+    versions: Mapping[str, str],
+    done: Container[str],
+    commit: Callable[[str], str | None],
+) -> list[str]:
+    """The journals, by URL, that no submit of the job `fingerprint` will use.
+
+    Those of the shards `done`, by key, but for one that does failed rows again of the part that stands (`commit` says
+    which one does); and those of files that have another version than in `versions`, or are not in there.
+    """
     folders: dict[str, dict[str, Entry]] = {}
     for url, entry in store.find(_folder(output_url)).items():
         folder, _, name = url.rpartition("/")
@@ -266,8 +289,10 @@ def strays(store: Store, output_url: str, versions: Mapping[str, str], done: set
     found = []
     for folder, files in folders.items():
         claim = latest(store, files)
-        changed = claim is not None and versions.get(claim.file, claim.version) != claim.version
-        if changed or folder.rpartition("/")[2] in done:
+        key, _, again = folder.rpartition("/")[2].partition("-")
+        own = claim is not None and claim.fingerprint in {fingerprint, ""}
+        gone = claim is not None and own and versions.get(claim.file) != claim.version
+        if gone or (key in done and not (again and commit(key) == again)):
             found.append(folder)
     return found
 
@@ -277,6 +302,13 @@ def remove(store: Store, folder: str) -> None:
     # Claims first: who reads the rest while it goes can tell a removed journal from a damaged one.
     store.delete([url for url in store.find(folder) if NAME.fullmatch(url.rpartition("/")[2])])
     store.remove(folder)
+
+
+def _pauses() -> Iterator[float]:
+    """Seconds to wait before each look at a listing that may lag behind."""
+    yield 0.0
+    for exponent in itertools.count():
+        yield min(0.05 * 2**exponent, 5.0)
 
 
 def _folder(output_url: str, *key: str) -> str:
@@ -301,9 +333,8 @@ def _load(
     done: Iterable[tuple[str, int]] = (),
 ) -> dict[str, pa.Table]:
     """The segments' rows by their names, verified; without rows of helpers that are `done` or stand in another."""
-    for name in names:
-        if name not in files:
-            raise FileNotFoundError(errno.ENOENT, "no such segment", f"{folder}/{name}")
+    # One that a claim has taken over is there, whether this listing shows it or not.
+    files = {name: files[name] if name in files else store.info(f"{folder}/{name}") for name in names}
     # Who was thought dead may have written rows that others did again; what its owner wrote stands.
     names = tuple(sorted(names, key=lambda name: (name.count("-") > _OWN_DASHES, name)))
     entries = [files[name] for name in names]

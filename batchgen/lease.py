@@ -70,7 +70,7 @@ class Lease:
 
     def __init__(self, store: Store, url: str, record: _Record, data: bytes) -> None:
         # A beat has to be over before the next: what one could not do, the next one tries again.
-        self._store = dataclasses.replace(store, budget_s=record.ttl_s / BEATS_PER_TTL)
+        self._store = dataclasses.replace(store, budget_s=record.ttl_s / BEATS_PER_TTL, retries=0)
         self._patience_s = store.budget_s
         self._url, self._record, self._data = url, record, data
         self._error: Exception | None = None
@@ -109,12 +109,17 @@ class Lease:
         """Grows with every holder; what this one writes carries it."""
         return self._record.epoch
 
+    @property
+    def retries(self) -> int:
+        """Requests that beats repeated."""
+        return self._store.retries
+
     def check(self) -> None:
         """Nothing, while the lease is held as far as this process knows.
 
         Raises:
             LeaseLostError: another run took over.
-            StoreError: the store could not be told for minutes that this run lives.
+            StoreError: the store could not be told for minutes that this run lives, or the record is gone.
         """
         if self._error is not None:
             raise self._error
@@ -137,7 +142,7 @@ class Lease:
 
     def _swap(self, data: bytes) -> None:
         if not self._store.swap(self._url, self._data, data):
-            raise LeaseLostError(_taken(self._store, self._url))
+            raise _taken(_read(self._store, self._url)[1], self._url)
         self._data = data
 
     def __enter__(self) -> Self:
@@ -160,11 +165,12 @@ def verify(store: Store, output_url: str, epoch: int) -> None:
 
     Raises:
         LeaseLostError: another run took over.
+        StoreError: the record is gone.
     """
     url = _url(output_url)
     _, record = _read(store, url)
     if record is None or record.epoch != epoch:
-        raise LeaseLostError(_taken(store, url))
+        raise _taken(record, url)
 
 
 def _url(output_url: str) -> str:
@@ -199,9 +205,11 @@ def _watch(store: Store, url: str, old: bytes, before: _Record, draining: Callab
             seen = time.monotonic()  # storage is slow for the holder, too
 
 
-def _taken(store: Store, url: str) -> str:
-    _, record = _read(store, url)
-    return f"{url}: taken over by {record.who if record else 'somebody who removed it'}; this run writes no more"
+def _taken(record: _Record | None, url: str) -> BatchgenError:
+    """What to say of a lease that is not ours; one that is gone was taken by no run, but by somebody who tidied up."""
+    if record is None:
+        return StoreError(f"{url}: is gone, removed by somebody, maybe with its bucket; this run writes no more")
+    return LeaseLostError(f"{url}: taken over by {record.who}; this run writes no more")
 
 
 def _process(pid: int) -> str:

@@ -52,7 +52,7 @@ class Renderer:
         from transformers import AutoTokenizer
 
         try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(model_path, local_files_only=True)
+            tokenizer: Any = AutoTokenizer.from_pretrained(model_path, local_files_only=True, trust_remote_code=False)
             template: str = tokenizer.get_chat_template()
         except (OSError, ValueError) as error:
             why = str(error).strip().partition("\n")[0][:200]

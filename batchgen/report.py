@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import io
+import itertools
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -19,12 +22,16 @@ from batchgen.store import STATE_FOLDER
 from batchgen.tally import Rates
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import polars as pl
 
     from batchgen.plan import Plan
-    from batchgen.store import Store
+    from batchgen.store import Entry, Store
 
 SUMMARY = f"{STATE_FOLDER}/summary.json"
+# Parquet, but not named so: `**/*.parquet` over an output folder must not find it.
+RECONCILED = f"{STATE_FOLDER}/reconciled"
 _KEY = ["row_id", "sample"]
 _SUMS = [
     "prompt_tokens",
@@ -35,6 +42,11 @@ _SUMS = [
     "accepted_tokens",
 ]
 _COLUMNS = [*_KEY, "status", "error_type", *_SUMS, "accepted_per_depth"]
+# Of each part that was read once, in `RECONCILED`; "hashes" are those of its keys.
+_FACTS = {"ok", "error", "skipped", *_SUMS, "reasons", "accepted_per_depth", "hashes"}
+# 8 bytes each; where there are more, parts are read again.
+_KEPT_ROWS = 2**26
+_READERS = 16
 
 
 @dataclasses.dataclass(slots=True)
@@ -73,36 +85,42 @@ class Summary(Rates):
 
 
 def summarise(store: Store, output: str, plan: Plan, samples: int) -> Summary:
-    """Read every part of `plan` and reconcile: input rows x samples == ok + error + skipped, each key once.
+    """Read the parts of `plan` and reconcile: input rows x samples == ok + error + skipped, each key once.
+
+    What was found in a part is kept in the output folder, so that the same part is not read again the next night.
 
     Raises:
         StoreError: the storage kept failing; a damaged part is a problem of the summary instead.
     """
-    found = write.parts(store, output)
+    found = write.entries(store, output)
+    for shard in plan.shards:
+        # A listing may lag behind what was written a moment ago.
+        if shard.key not in found and (entry := write.standing(store, output, shard)):
+            found[shard.key] = entry
     summary = Summary(expected_rows=plan.num_rows * samples)
     missing = [shard for shard in plan.shards if shard.key not in found]
     if missing:
         names = ", ".join(shard.part_name for shard in missing[:3])
         summary.problems.append(f"{len(missing)} of {len(plan.shards)} parts are missing: {names}")
-    reasons: collections.Counter[str] = collections.Counter()
-    hashes: dict[str, pl.Series] = {}
+    entries = {shard.key: found[shard.key] for shard in plan.shards if shard.key in found}
+    stored = {key: facts for key, facts in _known(store, output).items() if key in found}
+    stored = {key: facts for key, facts in stored.items() if facts["version"] == found[key].version}
+    known = {key: facts for key, facts in stored.items() if key in entries}
+    unread = [key for key in entries if key not in known]
+
+    looked = _look(store, {key: entries[key] for key in unread})
+    known |= {key: facts for key, facts in looked.items() if isinstance(facts, dict)}
     for shard in plan.shards:
-        if shard.key not in found:
-            continue
-        url = found[shard.key]
-        try:
-            table = _read(store, url, _COLUMNS)
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            cause = str(error).partition("\n")[0][:200]
-            summary.problems.append(f"{url}: does not read back ({cause}); remove it and submit again")
-            continue
-        summary.parts += 1
-        if table.num_rows != shard.num_rows * samples:
-            expected = shard.num_rows * samples
-            summary.problems.append(f"{url}: {table.num_rows} rows, expected {expected}")
-        hashes[url] = _hashes(table)
-        _add(summary, reasons, table)
-    num_doubled, examples = _doubled(store, hashes)
+        why = looked.get(shard.key)
+        if isinstance(why, str):
+            url = entries[shard.key].url
+            summary.problems.append(f"{url}: does not read back ({why}); remove it and submit again")
+        elif shard.key in known:
+            _add(summary, known[shard.key])
+            num_rows, expected = len(known[shard.key]["hashes"]), shard.num_rows * samples
+            if num_rows != expected:
+                summary.problems.append(f"{entries[shard.key].url}: {num_rows} rows, expected {expected}")
+    num_doubled, examples = _doubled(store, {entries[key].url: facts["hashes"] for key, facts in known.items()})
     if num_doubled:
         summary.problems.append(
             f"{num_doubled} rows share their id and sample with another ({', '.join(examples)}); "
@@ -110,13 +128,59 @@ def summarise(store: Store, output: str, plan: Plan, samples: int) -> Summary:
         )
     if summary.rows != summary.expected_rows and not summary.problems:
         summary.problems.append(f"{summary.rows} rows in the parts, expected {summary.expected_rows}")
-    summary.reasons = dict(reasons.most_common())
+    summary.reasons = dict(collections.Counter(summary.reasons).most_common())
+    if unread:
+        _keep(store, output, stored | known)
     return summary
+
+
+def _look(store: Store, entries: Mapping[str, Entry]) -> dict[str, dict[str, Any] | str]:
+    """What is in each part, or why it cannot be read."""
+
+    def look(key: str) -> dict[str, Any] | str:
+        try:
+            return {"key": key, "version": entries[key].version} | _facts(_read(store, entries[key].url, _COLUMNS))
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            return str(error).partition("\n")[0][:200]
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        return dict(zip(entries, pool.map(look, entries), strict=True))
+
+
+def _known(store: Store, output: str) -> dict[str, dict[str, Any]]:
+    """What was found in parts before, by their shards' keys; nothing where that cannot be told."""
+    import polars as pl
+
+    try:
+        data = store.read(f"{output.rstrip('/')}/{RECONCILED}")
+        if pq.read_metadata(io.BytesIO(data)).metadata.get(b"batchgen.hashed_by") != pl.__version__.encode():
+            return {}
+        frame = pl.read_parquet(data)
+    except (FileNotFoundError, OSError, pa.ArrowException, pl.exceptions.PolarsError):
+        return {}
+    if set(frame.columns) != {"key", "version", *_FACTS}:
+        return {}
+    hashes = dict(zip(frame["key"], frame["hashes"], strict=True))
+    return {row["key"]: row | {"hashes": hashes[row["key"]]} for row in frame.drop("hashes").iter_rows(named=True)}
+
+
+def _keep(store: Store, output: str, known: dict[str, dict[str, Any]]) -> None:
+    """Note what was found in parts, for `_known`."""
+    import polars as pl
+
+    if sum(len(facts["hashes"]) for facts in known.values()) > _KEPT_ROWS:
+        return
+    lists = {"accepted_per_depth": pl.List(pl.Int64), "hashes": pl.List(pl.UInt64)}
+    frame = pl.DataFrame(list(known.values()), schema_overrides=lists, infer_schema_length=None)
+    sink = io.BytesIO()
+    frame.write_parquet(sink, compression="uncompressed", metadata={"batchgen.hashed_by": pl.__version__})
+    store.put(f"{output.rstrip('/')}/{RECONCILED}", sink.getvalue())
 
 
 def _read(store: Store, url: str, columns: list[str]) -> pa.Table:
     with store.open(url) as stream:
-        table = pq.ParquetFile(stream, page_checksum_verification=True).read(columns=columns)
+        # Column chunks that lie side by side in one request.
+        table = pq.ParquetFile(stream, pre_buffer=True, page_checksum_verification=True).read(columns=columns)
     missing = [name for name in columns if name not in table.column_names]
     if missing:
         raise pa.ArrowInvalid(f"it has no column {missing[0]}")
@@ -152,23 +216,31 @@ def _doubled(store: Store, hashes: dict[str, pl.Series]) -> tuple[int, list[str]
     return int((counts["len"] - 1).sum()), sorted(set(counts["row_id"]))[:3]
 
 
-def _add(summary: Summary, reasons: collections.Counter[str], table: pa.Table) -> None:
+def _facts(table: pa.Table) -> dict[str, Any]:
+    """What a part adds to a summary, as in `_FACTS`."""
     is_ok = pc.fill_null(pc.equal(table["status"], "ok"), fill_value=False)
     ok, rest = table.filter(is_ok), table.filter(pc.invert(is_ok))
+    facts: dict[str, Any] = {"ok": ok.num_rows, "error": 0, "skipped": 0, "hashes": _hashes(table)}
+    reasons: collections.Counter[str] = collections.Counter()
     for row in rest.group_by(["status", "error_type"]).aggregate([([], "count_all")]).to_pylist():
         reasons[f"{row['status']}: {row['error_type']}"] += row["count_all"]
-        if row["status"] == "error":
-            summary.error += row["count_all"]
-        else:
-            summary.skipped += row["count_all"]
-    summary.ok += ok.num_rows
-    for name in _SUMS:
-        setattr(summary, name, getattr(summary, name) + (pc.sum(ok[name]).as_py() or 0))
+        facts["error" if row["status"] == "error" else "skipped"] += row["count_all"]
+    facts["reasons"] = json.dumps(reasons)
+    facts |= {name: pc.sum(ok[name]).as_py() or 0 for name in _SUMS}
     depths = ok["accepted_per_depth"]
     deepest = pc.max(pc.list_value_length(depths)).as_py() or 0
-    summary.accepted_per_depth += [0] * (deepest - len(summary.accepted_per_depth))
-    for depth in range(deepest):
-        summary.accepted_per_depth[depth] += pc.sum(pc.list_flatten(pc.list_slice(depths, depth, depth + 1))).as_py()
+    each = (pc.list_flatten(pc.list_slice(depths, depth, depth + 1)) for depth in range(deepest))
+    return facts | {"accepted_per_depth": [pc.sum(counts).as_py() for counts in each]}
+
+
+def _add(summary: Summary, facts: dict[str, Any]) -> None:
+    summary.parts += 1
+    for name in ("ok", "error", "skipped", *_SUMS):
+        setattr(summary, name, getattr(summary, name) + facts[name])
+    for reason, count in json.loads(facts["reasons"]).items():
+        summary.reasons[reason] = summary.reasons.get(reason, 0) + count
+    pairs = itertools.zip_longest(summary.accepted_per_depth, facts["accepted_per_depth"], fillvalue=0)
+    summary.accepted_per_depth = [a + b for a, b in pairs]
 
 
 def save(store: Store, output: str, summary: Summary, facts: dict[str, Any]) -> None:

@@ -65,8 +65,10 @@ def connect(url: str, options: Mapping[str, Any] | None = None) -> Store:
         if scheme == _GCS:
             settings = filesystems.gcs_settings(settings) | settings
         return Store(scheme, kind(**settings), failures, (url, options))
-    except (*failures, TypeError) as error:  # TypeError for an option that it does not know
+    except failures as error:
         raise StoreError(f"{url}: cannot connect: {filesystems.cause(error)}") from error
+    except TypeError as error:
+        raise InputError(f"{url}: cannot connect: {filesystems.cause(error)}; see storage_options") from error
 
 
 def _hub() -> tuple[type[Any], tuple[type[Exception], ...]]:

@@ -154,7 +154,6 @@ def outcome(result: Outcome) -> str:
     elif tally.tokens_per_s:
         resumed = f", {tally.resumed:,} rows taken over from journals" if tally.resumed else ""
         resumed += f", {tally.standing:,} rows left as they stood" if tally.standing else ""
-        resumed += f", {tally.retries:,} requests to storage repeated" if tally.retries else ""
         lines.append(f"{tally.completion_tokens:,} tokens at {tally.tokens_per_s:,.0f} tokens/s{resumed}")
     if s.acceptance_rate is not None and s.acceptance_length is not None:
         depths = " ".join(f"{count / s.draft_steps:.3f}" for count in s.accepted_per_depth)
@@ -164,6 +163,8 @@ def outcome(result: Outcome) -> str:
         )
     if tally is not None:
         lines += _tuned(tally.speculation.get("workers") or [tally.speculation])
+    if result.retries:
+        lines.append(f"{result.retries:,} requests to storage repeated")
     lines.append(f"output: {result.output} ({s.parts:,} part{'s' if s.parts != 1 else ''})")
     if result.tally is not None and result.tally.redacted:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(result.tally.redacted.items()))

@@ -25,11 +25,27 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from batchgen.record import Shard
-    from batchgen.store import Store
+    from batchgen.store import Entry, Store
 
 _PART = re.compile(r"part-\d{5,}-([0-9a-f]{16})\.parquet")
 # A reader of some rows fetches at least one group: 2 to 4 MB of completions.
 _GROUP_ROWS = 1024
+
+
+def entries(store: Store, output_url: str) -> dict[str, Entry]:
+    """Every part in the output folder by its shard's key.
+
+    Raises:
+        CorruptOutputError: two parts hold one shard.
+    """
+    found: dict[str, Entry] = {}
+    for url, entry in store.find(output_url, recursive=False).items():
+        name = _PART.fullmatch(url.rsplit("/", 1)[-1])
+        if name and name[1] in found:
+            raise CorruptOutputError(f"{url}: holds the same rows as {found[name[1]].url}; remove one of them")
+        if name:
+            found[name[1]] = entry
+    return found
 
 
 def parts(store: Store, output_url: str) -> dict[str, str]:
@@ -38,25 +54,17 @@ def parts(store: Store, output_url: str) -> dict[str, str]:
     Raises:
         CorruptOutputError: two parts hold one shard.
     """
-    found: dict[str, str] = {}
-    for url in store.find(output_url, recursive=False):
-        name = _PART.fullmatch(url.rsplit("/", 1)[-1])
-        if name and name[1] in found:
-            raise CorruptOutputError(f"{url}: holds the same rows as {found[name[1]]}; remove one of them")
-        if name:
-            found[name[1]] = url
-    return found
+    return {key: entry.url for key, entry in entries(store, output_url).items()}
 
 
-def stands(store: Store, output_url: str, shard: Shard) -> bool:
-    """Whether the shard has its part, asked without a listing."""
+def standing(store: Store, output_url: str, shard: Shard) -> Entry | None:
+    """The shard's part, asked for by name, without a listing."""
     folder = output_url.rstrip("/")
     try:
-        name = store.read(f"{folder}/{STATE_FOLDER}/names/{shard.key}").decode(errors="replace")
-        store.info(f"{folder}/{name}")
+        url = f"{folder}/{STATE_FOLDER}/names/{shard.key}"
+        return store.info(f"{folder}/{_named(url, store.read(url), shard)}")
     except FileNotFoundError:
-        return False
-    return True
+        return None
 
 
 def commit(store: Store, output_url: str, shard: Shard, table: pa.Table, *, metadata: Mapping[str, str]) -> bool:
@@ -103,6 +111,15 @@ def load(store: Store, url: str, schema: pa.Schema) -> Part:
         raise CorruptOutputError(f"{url}: does not read back ({cause}); remove it and submit again") from error
 
 
+def commit_of(store: Store, url: str) -> str | None:
+    """The nonce of the commit that wrote the part at `url`, None where there is none."""
+    try:
+        found = _commit(store.read(url))
+    except FileNotFoundError:
+        return None
+    return found.decode() if found else None
+
+
 def replace(store: Store, part: Part, shard: Shard, table: pa.Table, *, metadata: Mapping[str, str]) -> bool:
     """Make `table` the shard's part in place of `part`; False when another run replaced or removed that meanwhile.
 
@@ -144,7 +161,11 @@ def _agreed_name(store: Store, output_url: str, shard: Shard) -> str:
     url = f"{output_url.rstrip('/')}/{STATE_FOLDER}/names/{shard.key}"
     if store.create(url, shard.part_name.encode()):
         return shard.part_name
-    name = store.read(url).decode(errors="replace")
+    return _named(url, store.read(url), shard)
+
+
+def _named(url: str, note: bytes, shard: Shard) -> str:
+    name = note.decode(errors="replace")
     found = _PART.fullmatch(name)
     if not found or found[1] != shard.key:
         raise CorruptOutputError(f"{url}: holds {name!r}, not the name of this shard's part; remove it")

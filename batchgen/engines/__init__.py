@@ -133,7 +133,7 @@ def _vllm(
             "sampling.seed: vLLM keeps to no row's seed while it drafts; sampled tokens will differ from run to run. "
             "For the same tokens again use speculation.tree: off, or engine.kind: torch"
         )
-    config = AutoConfig.from_pretrained(target.path).get_text_config()
+    config = AutoConfig.from_pretrained(target.path, trust_remote_code=False).get_text_config()
     facts = (target.identity, draft.identity if draft else "none", dtype(spec), json.dumps(options, sort_keys=True))
     key = "|".join((provenance.machine(device(spec)), *facts, *provenance.versions().values()))
     head = None if draft is None or tree == "off" else draft.path
@@ -167,7 +167,7 @@ def layers(target: Model, asked: Sequence[int] | None) -> tuple[tuple[int, ...],
     """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(target.path).get_text_config()
+    config = AutoConfig.from_pretrained(target.path, trust_remote_code=False).get_text_config()
     num = int(config.num_hidden_layers)
     found = tuple(sorted({2, num // 2, num - 3, num} & set(range(num + 1)) if asked is None else set(asked)))
     if not found or found[0] < 0 or found[-1] > num:

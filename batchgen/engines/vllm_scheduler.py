@@ -100,7 +100,9 @@ class _Mixin(Scheduler):
 
     def _decode(self, ids: Any) -> str:
         if self._tokenizer is None:
-            self._tokenizer = AutoTokenizer.from_pretrained(self.vllm_config.model_config.model, local_files_only=True)
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                self.vllm_config.model_config.model, local_files_only=True, trust_remote_code=False
+            )
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
