@@ -115,6 +115,12 @@ def _lock(file: BinaryIO) -> None:
 class Disk(LocalFileSystem):  # type: ignore[misc]  # fsspec is untyped
     """The local disk, with whole-object writes that survive a power cut and are hidden while they are unfinished."""
 
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> Any:
+        # `a/../b` is `b`: by two names a file would be two inputs.
+        bare = super()._strip_protocol(path)
+        return bare if isinstance(bare, list) else os.path.normpath(bare)
+
     def pipe_file(
         self, path: str, value: bytes, mode: str = "overwrite", old: bytes | None = None, **kwargs: Any
     ) -> None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+Answer = tuple[int, list[tuple[str, str]], bytes]
 _NOT_PASSED_ON = {"connection", "keep-alive", "transfer-encoding", "content-length", "date", "server"}
 
 
@@ -44,13 +45,15 @@ class Fault:
 
 
 class FaultProxy:
-    """The proxy at `url`; set `faults`, look at `log`."""
+    """The proxy at `url`; set `faults`, look at `log`. GCS' listings are as old as `lag_s`."""
 
     def __init__(self, upstream: str) -> None:
         self.upstream = upstream
         self.faults: list[Fault] = []
         self.log: list[str] = []
+        self.lag_s = 0.0
         self.url = ""
+        self.listings: dict[str, list[tuple[float, Answer]]] = {}
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
@@ -70,6 +73,13 @@ class FaultProxy:
             finally:
                 server.shutdown()
                 thread.join()
+
+    def lagged(self, path: str, answer: Answer) -> Answer:
+        """The answer that the same listing gave `lag_s` ago, or at first."""
+        with self._lock:
+            known, now = self.listings.setdefault(path, []), time.monotonic()
+            known.append((now, answer))
+            return [old for when, old in known if when <= max(now - self.lag_s, known[0][0])][-1]
 
     def take(self, line: str) -> Fault | None:
         """The fault for this request, used up by one."""
@@ -112,6 +122,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._lose(fault.status if fault.do == "status" else None, fault.body)
             return
         status, headers, data = self._forward(body)
+        if self.faulty.lag_s and self.command == "GET" and "/o?" in self.path:
+            status, headers, data = self.faulty.lagged(self.path, (status, headers, data))
         if fault and fault.do == "applied":
             fault.strike()
             self._lose(fault.status, fault.body)
@@ -123,7 +135,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = _pass  # the base class' names
 
-    def _forward(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+    def _forward(self, body: bytes) -> Answer:
         upstream = urllib.parse.urlsplit(self.faulty.upstream)
         connection = http.client.HTTPConnection(upstream.hostname or "", upstream.port)
         headers = {name: value for name, value in self.headers.items() if name.lower() not in _NOT_PASSED_ON}

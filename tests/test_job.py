@@ -203,6 +203,40 @@ def test_another_jobs_output_is_refused_unless_asked(tmp_path):
     assert len(list((tmp_path / "out").glob("part-*"))) == 2
 
 
+def test_rows_of_a_job_beside_another_are_not_done_twice_either(tmp_path):
+    prompts(tmp_path)
+    assert batchgen("submit", job_file(tmp_path, **REHEARSAL)).returncode == 0
+    other = job_file(tmp_path, **REHEARSAL, sampling={"max_tokens": 5})
+    assert batchgen("submit", other, "--mix").returncode == 0
+    recut = batchgen("submit", other, "--mix", "--set", "checkpoint.rows_per_part=2")
+    assert (recut.returncode, "cut at other rows now" in recut.stderr) == (73, True), recut.stderr
+    (tmp_path / "in.parquet").touch()
+    changed = batchgen("submit", other, "--mix")
+    assert (changed.returncode, "which has changed" in changed.stderr) == (73, True), changed.stderr
+    assert pl.read_parquet(tmp_path / "out/*.parquet").height == 12
+
+
+def test_an_input_by_another_name_is_the_same_input(tmp_path):
+    prompts(tmp_path)
+    job = job_file(tmp_path, **REHEARSAL)
+    assert batchgen("submit", job).returncode == 0
+    for name in (f"file://{tmp_path}/in.parquet", f"{tmp_path}/../{tmp_path.name}/in.parquet"):
+        again = batchgen("submit", job, "--set", f"input.path={name}")
+        assert (again.returncode, "nothing to do" in again.stdout) == (0, True), again.stderr
+
+
+def test_what_a_job_notes_of_itself_holds_no_secret_and_is_not_trusted(tmp_path):
+    prompts(tmp_path)
+    job = job_file(tmp_path, **REHEARSAL, output={"path": f"{tmp_path}/out", "storage_options": {"auto_mkdir": True}})
+    assert batchgen("submit", job).returncode == 0
+    note = tmp_path / "out/__batchgen/job.json"
+    assert "auto_mkdir" not in note.read_text()
+    note.write_text("{")
+    damaged = batchgen("submit", job)
+    assert (damaged.returncode, "not what batchgen notes of a job" in damaged.stderr) == (1, True), damaged.stderr
+    assert "Traceback" not in damaged.stderr
+
+
 def test_other_columns_are_refused(tmp_path):
     prompts(tmp_path)
     assert batchgen("submit", job_file(tmp_path, **REHEARSAL)).returncode == 0

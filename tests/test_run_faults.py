@@ -9,22 +9,22 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 import pytest
 import yaml
-from faultproxy import Fault
+from faultproxy import Fault, FaultProxy
 
 from batchgen.store import connect
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from faultproxy import FaultProxy
 
 ROWS = 3
 
@@ -123,16 +123,62 @@ def test_a_kill_in_any_storage_call_is_resumed_cleanly(
     assert killed > len(calls)
 
 
+def requests(log: list[str]) -> Counter[str]:
+    """How many there were of each kind."""
+    kinds = {"POST": "put", "DELETE": "delete"}
+    return Counter(kinds.get(line.split()[0]) or ("list" if "/o?" in line else "get") for line in log)
+
+
 def test_requests_of_a_shard_do_not_grow_with_what_is_finished(
     zygote: Zygote, gcs_folder: tuple[str, dict[str, Any]], faults: FaultProxy, tmp_path: Path
 ) -> None:
-    counts = []
-    for shards in (2, 12, 22):
-        faults.log.clear()
-        job = job_file(tmp_path, f"{gcs_folder[0]}/{shards}", rows=shards, rows_per_part=1, endpoint_url=faults.url)
+    """One new shard beside few and beside many, and a submit that finds nothing to do."""
+    new, nothing = [], []
+    for shards in (2, 32):
+        folder, output = tmp_path / f"{shards}", f"{gcs_folder[0]}/{shards}"
+        folder.mkdir()
+        job = job_file(folder, output, rows=shards, rows_per_part=1, endpoint_url=faults.url)
+        sections = yaml.safe_load(job.read_text())
+        sections["input"]["path"] = str(folder)
+        job.write_text(yaml.safe_dump(sections))
         assert zygote.submit(job) == 0, zygote.said
-        counts.append(len(faults.log))
-    assert counts[2] - counts[1] <= counts[1] - counts[0] + 12, "but for a beat of the lease or two"
+        prompts = pl.read_parquet(folder / f"prompts-{shards}.parquet").head(1)
+        prompts.with_columns(id=pl.lit("new")).write_parquet(folder / "prompts-new.parquet")
+        for counts in (new, nothing):
+            faults.log.clear()
+            assert zygote.submit(job) == 0, zygote.said
+            counts.append(requests(faults.log))
+        assert len(table(output, endpoint_url=faults.url)) == shards + 1
+    # The lease may beat once more in one of two runs: three requests.
+    assert all(sum((many - few).values()) <= 3 for few, many in (new, nothing)), (new, nothing)
+
+
+def test_listings_that_lag_behind_cost_no_row(
+    zygote: Zygote, gcs_folder: tuple[str, dict[str, Any]], faults: FaultProxy, tmp_path: Path
+) -> None:
+    """Every listing is as old as the lag; a run is killed in it, and resumed."""
+    folder, options = gcs_folder
+    assert zygote.submit(job_file(tmp_path, f"{folder}/undisturbed", **options)) == 0, zygote.said
+    faults.lag_s = 2.0
+    job, victims = job_file(tmp_path, f"{folder}/lagging", endpoint_url=faults.url), queue.Queue[int]()
+    faults.faults = [Fault("POST .*upload", "reset", skip=7, strike=lambda: os.kill(victims.get(), signal.SIGKILL))]
+    try:
+        assert zygote.submit(job, victims) == -signal.SIGKILL
+        assert zygote.submit(job) == 0, zygote.said
+        assert zygote.submit(job) == 0, zygote.said
+    finally:
+        faults.lag_s = 0.0
+    assert table(f"{folder}/lagging", **options) == table(f"{folder}/undisturbed", **options)
+
+
+def test_repeated_requests_are_told(
+    zygote: Zygote, gcs_folder: tuple[str, dict[str, Any]], faults: FaultProxy, tmp_path: Path
+) -> None:
+    faults.faults = [Fault("", "status", skip=skip) for skip in (1, 5, 9)]
+    assert zygote.submit(job_file(tmp_path, gcs_folder[0], endpoint_url=faults.url)) == 0
+    assert zygote.said.count("trying again") == 3
+    summary = connect(gcs_folder[0], gcs_folder[1]).read(f"{gcs_folder[0]}/__batchgen/summary.json")
+    assert json.loads(summary)["retries"] == 3
 
 
 def test_a_job_that_loses_its_bucket_says_so_and_goes_on_when_it_is_back(
@@ -157,21 +203,54 @@ def test_a_job_that_loses_its_bucket_says_so_and_goes_on_when_it_is_back(
     assert len(table(f"{bucket}/out", **options)) == ROWS
 
 
+GCS_DENIES = b'{"error": {"code": 403, "message": "does not have storage.objects.create access"}}'
+GCS_EXPIRED = b'{"error": {"code": 401, "message": "the token has expired"}}'
+S3_EXPIRED = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "expected"),
+    [
+        (403, GCS_DENIES, "does not have storage.objects.create access"),
+        (401, GCS_EXPIRED, "the token has expired"),
+        (400, S3_EXPIRED, "The provided token has expired"),
+    ],
+    ids=["gcs-403", "gcs-401", "s3"],
+)
 def test_a_job_whose_credentials_end_says_so_at_once_and_goes_on_with_others(
-    zygote: Zygote, gcs_folder: tuple[str, dict[str, Any]], faults: FaultProxy, tmp_path: Path
+    zygote: Zygote, gcs: str, s3: dict[str, Any], tmp_path: Path, status: int, body: bytes, expected: str
 ) -> None:
-    folder, options = gcs_folder
-    job = job_file(tmp_path, folder, endpoint_url=faults.url)
-    body = b'{"error": {"code": 403, "message": "does not have storage.objects.create access"}}'
-    faults.faults = [Fault("", "status", skip=20, times=10_000, status=403, body=body)]
-    began = time.monotonic()
-    assert zygote.submit(job) == 1
-    assert time.monotonic() - began < 20
-    assert "does not have storage.objects.create access" in zygote.said
-    assert "Traceback" not in zygote.said
-    faults.faults = []
-    assert zygote.submit(job) == 0, zygote.said
+    scheme, options = ("s3", s3) if body == S3_EXPIRED else ("gs", {"endpoint_url": gcs})
+    folder = f"{scheme}://batchgen-tests/{uuid.uuid4().hex}"
+    with FaultProxy(options["endpoint_url"]).serve() as faults:
+        job = job_file(tmp_path, folder, **options | {"endpoint_url": faults.url})
+        faults.faults = [Fault("", "status", skip=20, times=10_000, status=status, body=body)]
+        began = time.monotonic()
+        assert zygote.submit(job) == 1
+        assert time.monotonic() - began < 20
+        assert expected in zygote.said
+        assert "Traceback" not in zygote.said
+        faults.faults = []
+        assert zygote.submit(job) == 0, zygote.said
     assert len(table(folder, **options)) == ROWS
+
+
+def test_an_output_whose_state_is_removed_midway_is_not_taken_for_another_run(zygote: Zygote, tmp_path: Path) -> None:
+    """Nobody would hear of a code that says: run again."""
+    job = job_file(tmp_path, f"{tmp_path}/out", rows=400, rows_per_part=4)
+    killed = threading.Thread(target=_remove_state, args=(tmp_path / "out",))
+    killed.start()
+    assert zygote.submit(job) == 1
+    killed.join()
+    assert "lease.json: is gone, removed by somebody" in zygote.said
+    assert zygote.submit(job) == 0, zygote.said
+    assert len(table(f"{tmp_path}/out")) == 400
+
+
+def _remove_state(output: Path) -> None:
+    while len(list(output.glob("part-*"))) < 3:
+        time.sleep(0.005)
+    (output / "__batchgen/lease.json").unlink()
 
 
 def test_a_full_disk_is_named_and_the_job_goes_on_when_there_is_room(tmp_path: Path) -> None:

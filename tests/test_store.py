@@ -242,6 +242,23 @@ def test_an_input_that_changed_since_it_was_planned_is_refused(anywhere: Anywher
         pass
 
 
+def test_an_input_that_changes_while_it_is_read_is_refused_at_the_latest_when_it_was_read(anywhere: Anywhere) -> None:
+    store, url = connect(*anywhere), f"{anywhere[0]}/x"
+    store.put(url, b"old" * 10)
+    version = store.info(url).version
+
+    def read() -> None:
+        with store.open(url, version=version) as file:
+            assert file.read(3) == b"old"
+            store.put(url, b"new!" * 10)
+            file.read(3)
+
+    with pytest.raises((InputError, StoreError), match=f"{url}: (changed since it was planned|replaced or removed)"):
+        read()
+    with store.open(url):
+        store.put(url, b"newer" * 10)
+
+
 def test_an_object_replaced_while_it_is_read_is_an_error_and_not_a_mixture(gcs_folder: Anywhere) -> None:
     store, url = connect(*gcs_folder), f"{gcs_folder[0]}/x"
     store.put(url, b"old" * 10)
