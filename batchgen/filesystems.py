@@ -61,14 +61,13 @@ def transient(error: BaseException) -> bool:
     """Whether the same request may well succeed a moment later."""
     if isinstance(error, (FileNotFoundError, FileExistsError, PermissionError)):
         return False
-    # s3fs' words for S3's 5xx.
-    if isinstance(error, OSError) and error.errno in {errno.EIO, errno.EBUSY, errno.EREMOTEIO}:
-        return True
     code = _status(error)
     if code is not None:
         # An expired token is fetched anew by the next try. GCS checks the MD5 that we send: a mismatch is a bad line.
         mended = {401: "Invalid Credentials", 400: "MD5 hash"}
         return code in {408, 429} or code >= 500 or (code in mended and mended[code] in str(error))
+    if isinstance(error, OSError) and error.errno in {errno.EIO, errno.EBUSY}:
+        return True
     names = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__}
     return isinstance(error, (ConnectionError, TimeoutError)) or not names.isdisjoint(_TRANSIENT)
 
@@ -81,9 +80,12 @@ def cause(error: BaseException | None) -> str:
 
 
 def _status(error: BaseException | None) -> int | None:
-    """The HTTP status behind an exception of gcsfs, adlfs or huggingface_hub."""
+    """The HTTP status behind an exception of gcsfs, adlfs, huggingface_hub or, as its cause, s3fs."""
     code = getattr(error, "code", None) or getattr(error, "status_code", None)
     code = code or getattr(getattr(error, "response", None), "status_code", None)
+    answer = getattr(getattr(error, "__cause__", None), "response", None)
+    if isinstance(answer, dict):
+        code = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
     return int(code) if isinstance(code, int) or (isinstance(code, str) and code.isdecimal()) else None
 
 

@@ -154,7 +154,8 @@ class _Handler(BaseHTTPRequestHandler):
         if status != http.HTTPStatus.NO_CONTENT and "Content-Length" not in dict(headers):
             self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(data[:cut])
+        if self.command != "HEAD":
+            self.wfile.write(data[:cut])
         self.close_connection = cut is not None
 
     def _lose(self, status: int | None, body: bytes) -> None:

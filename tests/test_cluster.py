@@ -231,7 +231,8 @@ import json, os, sys, time
 os.environ.update(RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0", RAY_USAGE_STATS_ENABLED="0")
 from ray.cluster_utils import Cluster
 environment = json.loads(sys.argv[1]) if sys.argv[1:] else {}
-head = {"num_cpus": 1, "include_dashboard": False, "env_vars": environment}
+gpus = int(environment.pop("gpus", 0))
+head = {"num_cpus": 1, "num_gpus": gpus, "include_dashboard": False, "env_vars": environment}
 cluster = Cluster(initialize_head=True, head_node_args=head)
 second = cluster.add_node(num_cpus=1)
 print(cluster.address, flush=True)
@@ -259,6 +260,26 @@ def test_a_cluster_of_two_nodes_one_of_which_dies(tmp_path: Path, expected: dict
         nodes.stdin.close()
     assert answers(job) == expected
     assert "died" in said
+
+
+def test_workers_share_a_gpu_and_one_that_asks_for_more_than_there_are_is_named(tmp_path: Path) -> None:
+    """Ray counts GPUs; that there is none here does not matter to who gets how much of one."""
+    command = [sys.executable, "-c", NODES, json.dumps({"gpus": "1"})]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as nodes:
+        assert nodes.stdin is not None
+        assert nodes.stdout is not None
+        address = nodes.stdout.readline().strip()
+        here = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+        halves = {"count": 2, "gpus": 0.5, "cpus": 0.5, "address": address}
+        job = job_file(tmp_path, workers=halves)
+        done = submit(job, **here)
+        assert done.returncode == 0, done.stderr
+        assert set(workers(job)) == {"0", "1"}
+        group = {"count": 1, "gpus": 2, "cpus": 0.5, "address": address, "start_seconds": 5}
+        refused = submit(job_file(tmp_path, name="group", workers=group), **here)
+        nodes.stdin.close()
+    assert refused.returncode == 1, "75 would be tried again for ever, and nobody told"
+    assert "each asks for 2 GPUs" in refused.stderr
 
 
 def test_a_node_on_which_no_engine_starts_is_left_for_another(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -281,3 +282,30 @@ def test_gc_removes_what_no_submit_will_use(tmp_path):
     assert batchgen("gc", job).stdout == named.replace("would remove", "removed")
     assert not old.exists()
     assert not list((tmp_path / "out").rglob("seg-*"))
+
+
+def test_gc_removes_the_journal_of_an_input_that_is_gone_and_of_a_second_try_that_was_done(tmp_path):
+    """The second try is killed on its way; its journal is kept until another second try has replaced the part."""
+    job = rehearsal(tmp_path, rows=90, fail=["*"])
+    assert batchgen("submit", job).returncode == 1
+    edited(job, "engine", options={"step_s": 0.05})
+    process = start("submit", job, "--retry-failed")
+    while not list((tmp_path / "out").rglob("seg-*")):
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    assert batchgen("gc", job).stdout == "nothing to remove\n"
+    [left] = (tmp_path / "out/__batchgen/journal").iterdir()
+    done_since = left.with_name(f"{left.name.partition('-')[0]}-{'0' * 32}")
+    shutil.copytree(left, done_since)
+    assert batchgen("gc", job).stdout == f"removed {done_since}\n"
+    assert batchgen("submit", job, "--retry-failed").returncode == 0
+    source = tmp_path / "prompts.parquet"
+    elsewhere = tmp_path / "other.parquet"
+    pl.read_parquet(source).with_columns(pl.col("id") + "-other").write_parquet(elsewhere)
+    process = start("submit", job, "--set", f"input.path={elsewhere}")
+    while not list((tmp_path / "out").rglob("seg-*")):
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    assert re.fullmatch(r"removed .*/__batchgen/journal/[0-9a-f]{16}\n", batchgen("gc", job).stdout)

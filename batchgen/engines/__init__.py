@@ -14,7 +14,7 @@ import logging
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from batchgen import provenance
 from batchgen.engines.rehearsal import RehearsalEngine, Script
@@ -109,8 +109,6 @@ def build(
 def _vllm(
     spec: Spec, target: Model, draft: Model | None, decode: Callable[[Sequence[int]], str], folder: Path
 ) -> Engine:
-    from transformers import AutoConfig
-
     from batchgen.engines.torch.target import eos_token_ids
     from batchgen.engines.torch.weights import for_vllm
     from batchgen.engines.vllm import VllmEngine
@@ -133,7 +131,7 @@ def _vllm(
             "sampling.seed: vLLM keeps to no row's seed while it drafts; sampled tokens will differ from run to run. "
             "For the same tokens again use speculation.tree: off, or engine.kind: torch"
         )
-    config = AutoConfig.from_pretrained(target.path, trust_remote_code=False).get_text_config()
+    config = _config(target)
     facts = (target.identity, draft.identity if draft else "none", dtype(spec), json.dumps(options, sort_keys=True))
     key = "|".join((provenance.machine(device(spec)), *facts, *provenance.versions().values()))
     head = None if draft is None or tree == "off" else draft.path
@@ -157,6 +155,23 @@ def _vllm(
     )
 
 
+def _config(target: Model) -> Any:
+    """The target's config as transformers reads it.
+
+    Raises:
+        ModelError: it does not, for instance because the model brings code of its own.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(target.path, trust_remote_code=False).get_text_config()
+    except (OSError, ValueError, KeyError) as error:
+        why = str(error).strip().partition("\n")[0][:200]
+        raise ModelError(
+            f"{target.path}: transformers cannot read its config ({why}); no code of a model is run"
+        ) from error
+
+
 def layers(target: Model, asked: Sequence[int] | None) -> tuple[tuple[int, ...], int]:
     """Which decoder layers to capture, by their count from the embedding on, and the width of a hidden state.
 
@@ -165,9 +180,7 @@ def layers(target: Model, asked: Sequence[int] | None) -> tuple[tuple[int, ...],
     Raises:
         SpecError: `asked` names layers that the target does not have.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(target.path, trust_remote_code=False).get_text_config()
+    config = _config(target)
     num = int(config.num_hidden_layers)
     found = tuple(sorted({2, num // 2, num - 3, num} & set(range(num + 1)) if asked is None else set(asked)))
     if not found or found[0] < 0 or found[-1] > num:
