@@ -32,7 +32,8 @@ def machine(device: str) -> str:
     if device == "cuda":
         import torch
 
-        return torch.cuda.get_device_name()
+        # Who hands out work on a cluster need not have a GPU.
+        return torch.cuda.get_device_name() if torch.cuda.is_available() else "GPUs of other machines"
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     return f"{name}, {len(os.sched_getaffinity(0))} cores"

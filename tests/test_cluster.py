@@ -232,7 +232,7 @@ os.environ.update(RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0", RAY_USAGE_STATS_ENABLED
 from ray.cluster_utils import Cluster
 environment = json.loads(sys.argv[1]) if sys.argv[1:] else {}
 gpus = int(environment.pop("gpus", 0))
-head = {"num_cpus": 1, "num_gpus": gpus, "include_dashboard": False, "env_vars": environment}
+head = {"num_cpus": 1 + gpus, "num_gpus": gpus, "include_dashboard": False, "env_vars": environment}
 cluster = Cluster(initialize_head=True, head_node_args=head)
 second = cluster.add_node(num_cpus=1)
 print(cluster.address, flush=True)
@@ -270,12 +270,12 @@ def test_workers_share_a_gpu_and_one_that_asks_for_more_than_there_are_is_named(
         assert nodes.stdout is not None
         address = nodes.stdout.readline().strip()
         here = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-        halves = {"count": 2, "gpus": 0.5, "cpus": 0.5, "address": address}
+        halves = {"count": 2, "gpus": 0.5, "address": address}
         job = job_file(tmp_path, workers=halves)
         done = submit(job, **here)
         assert done.returncode == 0, done.stderr
         assert set(workers(job)) == {"0", "1"}
-        group = {"count": 1, "gpus": 2, "cpus": 0.5, "address": address, "start_seconds": 5}
+        group = {"count": 1, "gpus": 2, "address": address, "start_seconds": 5}
         refused = submit(job_file(tmp_path, name="group", workers=group), **here)
         nodes.stdin.close()
     assert refused.returncode == 1, "75 would be tried again for ever, and nobody told"

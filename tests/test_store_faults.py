@@ -207,7 +207,7 @@ def test_s3_is_asked_again_and_each_time_is_counted(on_s3: tuple[str, Store, Fau
         before = store.retries
         answer = getattr(store, verb)(url, *more)
         assert proxy.faults[0].times == 0, f"{verb}: the fault did not happen"
-        # aiohttp repeats, once, what met a closed connection and may be repeated; an answer without a body cannot be cut.
+        # aiohttp repeats, once, what met a closed connection; an answer without a body cannot be cut.
         assert store.retries - before == fault.times or fault.do in {"reset", "truncate"} or fault.status is None, verb
         assert answer in (True, b"new", store.info(f"{folder}/x"), {f"{folder}/x": store.info(f"{folder}/x")}), verb
 
