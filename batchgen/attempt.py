@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute as pc
 
-from batchgen import lease, read, write
+from batchgen import dedupe, lease, read, write
 from batchgen.errors import OutputConflictError
 from batchgen.journal import Journal
 from batchgen.record import Piece
@@ -42,7 +42,8 @@ PIECE_BATCHES = 8
 class Task:
     """What a worker needs to know of the job, beside its shards and its engine.
 
-    `epoch` is the lease's; `again` has the parts, by their shards' keys, whose failed rows are to be done again.
+    `epoch` is the lease's; `again` has the parts, by their shards' keys, whose failed rows are to be done again;
+    `dedupe` says that `dedupe.mark` has noted which rows repeat others.
     """
 
     source: Store
@@ -59,6 +60,7 @@ class Task:
     worker: str = "0"
     min_acceptance: float | None = None
     below_min: str = "warn"
+    dedupe: bool = False
 
 
 class Attempt:
@@ -182,7 +184,7 @@ class Attempt:
         if self.piece is not None:
             yield from self.again(self.piece)
         else:
-            for row in read.rows(task.source, self.shard, task.columns, task.sampling):
+            for row in self._source(self.shard):
                 self._order.append(row.row_id)
                 if row.index < self._limit:
                     self._cursor = row.index + 1
@@ -202,9 +204,16 @@ class Attempt:
     def again(self, piece: Piece) -> Iterator[Row]:
         """The rows of a piece; all before them are read, because ids are made unique in their order."""
         upto = dataclasses.replace(self.shard, stop=piece.stop)
-        for row in read.rows(self._task.source, upto, self._task.columns, self._task.sampling):
+        for row in self._source(upto):
             if row.index >= piece.start:
                 yield row
+
+    def _source(self, shard: Shard) -> Iterator[Row]:
+        task = self._task
+        rows = read.rows(task.source, shard, task.columns, task.sampling)
+        if not task.dedupe:
+            return rows
+        return dedupe.judged(rows, dedupe.repetitions(task.sink, task.output, shard, task.columns))
 
     def give(self) -> Piece | None:
         """Give up the end of what is not begun, at most half; None when that is nothing."""

@@ -20,6 +20,7 @@ import platformdirs
 
 from batchgen import (
     cluster,
+    dedupe,
     engines,
     journal,
     plan,
@@ -31,7 +32,14 @@ from batchgen import (
     write,
 )
 from batchgen.attempt import Task
-from batchgen.errors import CorruptOutputError, ModelError, OutputConflictError, ReconciliationError, TooManyErrorsError
+from batchgen.errors import (
+    CorruptOutputError,
+    DrainedError,
+    ModelError,
+    OutputConflictError,
+    ReconciliationError,
+    TooManyErrorsError,
+)
 from batchgen.lease import Lease
 from batchgen.speculation import costs
 from batchgen.store import STATE_FOLDER, connect
@@ -124,6 +132,7 @@ class Job:
             again=self.again,
             min_acceptance=speculation.min_acceptance,
             below_min=speculation.below_min,
+            dedupe=self.spec.screen.dedupe == "exact",
         )
 
     @functools.cached_property
@@ -333,6 +342,8 @@ def _run(job: Job, lease: Lease, *, draining: Callable[[], bool], watch: Callabl
             _only_failing(tally, spec.max_error_rate)
             watch(tally)
 
+        if spec.screen.dedupe == "exact":
+            _mark_duplicates(job, lease, draining)
         task, costs = job.task(lease.epoch), _costs_folder()
         tally = cluster.run(task, job.todo, job.kit, costs, draining=draining, watch=watched)
         _remember_cost(job, tally)
@@ -346,6 +357,17 @@ def _run(job: Job, lease: Lease, *, draining: Callable[[], bool], watch: Callabl
     if summary.problems:
         raise ReconciliationError(f"{job.output}: " + "; ".join(summary.problems))
     return Outcome(summary, tally, job.output, _retries(job, lease, tally))
+
+
+def _mark_duplicates(job: Job, lease: Lease, draining: Callable[[], bool]) -> None:
+    def check() -> None:
+        lease.check()
+        if draining():
+            raise DrainedError(f"drained while looking for duplicates; finished files are noted in {job.output}")
+
+    output = job.sink.spelled(job.output)
+    found = dedupe.mark(job.source, job.sink, output, job.plan.files, job.columns, job.sampling, check=check)
+    log.info("%s of %s rows ask what an earlier one asks", f"{found:,}", f"{job.plan.num_rows:,}")
 
 
 def _retries(job: Job, lease: Lease, tally: Tally | None) -> int:

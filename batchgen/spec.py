@@ -84,7 +84,9 @@ class ScreenSpec(_Part):
     max_prompt_tokens: int | None = Field(
         default=None, ge=1, description="Longer prompts are not generated; null: as long as the model takes."
     )
-    dedupe: Literal["off", "exact"] = Field(default="off", description="exact: equal prompts are generated once.")
+    dedupe: Literal["off", "exact"] = Field(
+        default="off", description="exact: of equal prompts, over all files, the first is generated."
+    )
     pii: Annotated[Annotated[Literal["off"], _WORD] | Annotated[PiiSpec, _MAPPING], _WORD_OR_MAPPING] = Field(
         default="off", description="Screening of personal data."
     )
@@ -243,11 +245,7 @@ class Spec(_Part):
 _Rules = dict[str, Callable[[Mapping[str, Any]], bool]]
 
 # What the format has and this version has not; a later version deletes its line. "key: what to do instead": when.
-_NOT_YET: _Rules = {
-    "screen.dedupe: this version does not look for duplicates; use off, and clean the table before the job": (
-        lambda v: v["screen.dedupe"] != "off"
-    ),
-}
+_NOT_YET: _Rules = {}
 
 # What never makes sense. "key to name: why": when. A rule is skipped when a key that it reads has a problem of its own.
 _IMPOSSIBLE: _Rules = {

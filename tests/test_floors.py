@@ -18,7 +18,7 @@ FLOORS = [
     {"store"},
     {"claim", "pii"},
     {"plan", "read", "screen", "render", "generate", "journal", "write", "lease", "tally"},
-    {"engines"},
+    {"engines", "dedupe"},
     {"acceptance", "attempt", "desk", "report", "status"},
     {"worker"},
     {"actors"},

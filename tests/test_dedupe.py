@@ -1,0 +1,127 @@
+"""Of equal prompts the first is generated: over files, over nights, whatever the order in which files come."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batchgen import dedupe, plan, read
+from batchgen.record import Sampling, Shard
+from batchgen.store import connect
+
+COLUMNS = read.Columns(messages=None, prompt="prompt", system=None, id=None, keep=("extra",), sampling={})
+
+
+def mark(folder: Path, names: list[str], columns: read.Columns = COLUMNS) -> dict[tuple[str, int], str]:
+    """Where each repetition in the files is, and what it repeats."""
+    store, files = connect(str(folder)), []
+    for name in names:
+        url = f"{folder}/{name}"
+        rows = pl.read_parquet(url).height
+        files.append(plan.File(url, store.info(url).version, rows, pa.schema([])))
+    num = dedupe.mark(store, store, f"{folder}/out", files, columns, Sampling())
+    found = {}
+    for file in files:
+        shard = Shard(0, file.url, file.version, 0, file.num_rows, "")
+        again = dedupe.repetitions(store, f"{folder}/out", shard, columns)
+        found |= {(Path(file.url).name, index): first.replace(f"{folder}/", "") for index, first in again.items()}
+    assert len(found) == num
+    return found
+
+
+def table(folder: Path, name: str, prompts: list[str | None], **more: list[Any]) -> None:
+    extra = list(range(len(prompts)))
+    pl.DataFrame({"prompt": prompts, "extra": extra, **more}, schema_overrides={"prompt": pl.String}).write_parquet(
+        folder / name
+    )
+
+
+@settings(max_examples=40)
+@given(
+    files=st.lists(st.lists(st.sampled_from("abcdef "), max_size=12), min_size=1, max_size=4),
+    at_once=st.integers(1, 30),
+)
+def test_all_but_the_first_of_equal_prompts_are_found(
+    tmp_path_factory: pytest.TempPathFactory, files: list[list[str]], at_once: int
+) -> None:
+    """However many rows are compared at once; an empty prompt is an error by itself, and repeats nothing."""
+    folder = tmp_path_factory.mktemp("in")
+    names = [f"{i}.parquet" for i in range(len(files))]
+    firsts: dict[str, str] = {}
+    expected = {}
+    for name, prompts in zip(names, files, strict=True):
+        table(folder, name, list(prompts))
+        for i, prompt in enumerate(prompts):
+            if prompt == " ":
+                continue
+            if prompt in firsts:
+                expected[name, i] = firsts[prompt]
+            firsts.setdefault(prompt, f"row {i} of {name}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dedupe, "_ROWS_AT_ONCE", at_once)
+        assert mark(folder, names) == expected
+
+
+def test_other_sampling_is_another_question(tmp_path: Path) -> None:
+    table(tmp_path, "a.parquet", ["x", "x", "x", None, None], warmth=[None, 0.5, 0.5, None, None])
+    columns = read.Columns(None, "prompt", None, None, (), {"temperature": "warmth"})
+    assert mark(tmp_path, ["a.parquet"], columns) == {("a.parquet", 2): "row 1 of a.parquet"}
+
+
+def test_a_file_that_comes_later_repeats_whatever_its_name(tmp_path: Path) -> None:
+    table(tmp_path, "b.parquet", ["x", "y"])
+    assert mark(tmp_path, ["b.parquet"]) == {}
+    table(tmp_path, "a.parquet", ["y", "z"])
+    both = {("a.parquet", 0): "row 1 of b.parquet"}
+    assert mark(tmp_path, ["a.parquet", "b.parquet"]) == both
+    hashed = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out/__batchgen/dedupe").glob("*.hashes")}
+    assert mark(tmp_path, ["a.parquet", "b.parquet"]) == both
+    assert hashed == {
+        file.name: file.stat().st_mtime_ns for file in (tmp_path / "out/__batchgen/dedupe").glob("*.hashes")
+    }, "each file is read once"
+
+
+def test_a_job_generates_each_prompt_once_and_says_what_the_others_repeat(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    chats = [[{"role": "user", "content": f"Say {i % 4}."}] for i in range(10)]
+    pl.DataFrame({"id": [f"a{i}" for i in range(10)], "messages": chats}).write_parquet(tmp_path / "in/b.parquet")
+    sections = {
+        "input": {"path": str(tmp_path / "in"), "messages": "messages", "id": "id"},
+        "model": {"target": "demo:smollm2-135m"},
+        "engine": {"kind": "rehearsal"},
+        "screen": {"dedupe": "exact"},
+        "checkpoint": {"rows_per_part": 3},
+        "workers": {"count": 1},
+        "output": {"path": str(tmp_path / "out")},
+    }
+    job = tmp_path / "job.yaml"
+    job.write_text(yaml.safe_dump(sections))
+
+    def submit() -> dict[str, Any]:
+        command = [sys.executable, "-m", "batchgen", "submit", str(job), "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return dict(json.loads(done.stdout))
+
+    facts = submit()
+    assert (facts["ok"], facts["skipped"], facts["reasons"]) == (4, 6, {"skipped: duplicate": 6})
+    # The next night's file sorts before.
+    pl.DataFrame(
+        {"id": ["b0", "b1"], "messages": [chats[1], [{"role": "user", "content": "Something new"}]]}
+    ).write_parquet(tmp_path / "in/a.parquet")
+    assert submit()["ok"] == 5
+    rows = pl.read_parquet(tmp_path / "out/*.parquet").sort("row_id")
+    skipped = rows.filter(pl.col("status") == "skipped")
+    assert skipped["row_id"].to_list() == [f"a{i}" for i in range(4, 10)] + ["b0"]
+    assert skipped["error"][-1] == f"asks what row 1 of {tmp_path}/in/b.parquet asks"
+    assert skipped["completion_tokens"].to_list() == [0] * 7
