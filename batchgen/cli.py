@@ -53,6 +53,7 @@ def main() -> None:
 
     \b
     batchgen plan jobs/quickstart.yaml      what would run
+    batchgen screen jobs/quickstart.yaml    its input without what would not run
     batchgen submit jobs/quickstart.yaml    run what is left of it
     batchgen status jobs/quickstart.yaml    how far it is
     batchgen report jobs/quickstart.yaml    where its draft head is right, and where not
@@ -120,6 +121,25 @@ def plan(spec: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
     found = job.survey(loaded)
     click.echo(terminal.as_json(found) if as_json else terminal.survey(found))
+
+
+@main.command()
+@_SPEC
+@_SET
+@click.option("--to", metavar="FOLDER", required=True, help="Where to; the same command resumes there.")
+@_JSON
+def screen(spec: str, overrides: tuple[str, ...], to: str, as_json: bool) -> None:
+    """Write the input's rows that a submit would generate as clean Parquet, and generate nothing.
+
+    With all their columns; personal data is masked, duplicates and rows with a problem are left out, as `screen` in the
+    job file says.
+    """
+    loaded = _load(spec, overrides)
+    drain = _Drain()
+    from batchgen import clean, terminal
+
+    done = clean.run(loaded, to, draining=drain.requested)
+    click.echo(terminal.as_json(done) if as_json else terminal.cleaned(done))
 
 
 @main.command()

@@ -10,6 +10,7 @@ Columns the job does not name are never read, nor row groups outside the range, 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -125,6 +126,17 @@ def rows(store: Store, shard: Shard, columns: Columns, sampling: Sampling) -> It
         yield row
 
 
+def table(store: Store, shard: Shard) -> pa.Table:
+    """The rows of `shard` with all columns, as they stand in the file.
+
+    Raises:
+        InputError, StoreError: as `rows`.
+    """
+    with _opened(store, shard) as file:
+        batches = [batch for _, batch in _batches(file, shard, None)]
+        return pa.Table.from_batches(batches, batches[0].schema if batches else file.schema_arrow)
+
+
 def _below(file: str, root: str) -> str:
     """The file's path below `root`, its bare name when it is elsewhere."""
     prefix = root.rstrip("/") + "/"
@@ -133,22 +145,27 @@ def _below(file: str, root: str) -> str:
 
 def _records(store: Store, shard: Shard, columns: Columns) -> Iterator[tuple[int, dict[str, Any], list[str]]]:
     """Row index, Python values by column and the columns with broken text, for each row of the shard."""
+    with _opened(store, shard) as file:
+        check_columns(file.schema_arrow, columns, shard.file)
+        for first, batch in _batches(file, shard, _leaves(file, columns)):
+            names = dict.fromkeys(need[0] for need in _needs(columns))
+            found = {name: _values(batch.column(name)) for name in names}
+            for i in range(batch.num_rows):
+                broken = [name for name, (_, rows_) in found.items() if i in rows_]
+                yield first + i, {name: values[i] for name, (values, _) in found.items()}, broken
+
+
+@contextlib.contextmanager
+def _opened(store: Store, shard: Shard) -> Iterator[pq.ParquetFile]:
     try:
         with store.open(shard.file, version=shard.version) as stream:
-            file = pq.ParquetFile(stream, pre_buffer=True, page_checksum_verification=True)
-            check_columns(file.schema_arrow, columns, shard.file)
-            for first, batch in _batches(file, shard, _leaves(file, columns)):
-                names = dict.fromkeys(need[0] for need in _needs(columns))
-                table = {name: _values(batch.column(name)) for name in names}
-                for i in range(batch.num_rows):
-                    broken = [name for name, (_, rows_) in table.items() if i in rows_]
-                    yield first + i, {name: values[i] for name, (values, _) in table.items()}, broken
+            yield pq.ParquetFile(stream, pre_buffer=True, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         why = str(error).partition("\n")[0][:200]
         raise InputError(f"{shard.file}: cannot be read as Parquet ({why}); restore the file and plan again") from error
 
 
-def _batches(file: pq.ParquetFile, shard: Shard, leaves: list[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
+def _batches(file: pq.ParquetFile, shard: Shard, leaves: list[str] | None) -> Iterator[tuple[int, pa.RecordBatch]]:
     """The shard's rows in batches, each with the index of its first row, from the row groups that hold any."""
     groups: list[int] = []
     begin = at = 0

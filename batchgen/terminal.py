@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from batchgen.acceptance import Drift, Group
+    from batchgen.clean import Cleaned
     from batchgen.export import Export
     from batchgen.features import Work
     from batchgen.job import Job, Outcome, Survey
@@ -287,6 +288,15 @@ def export(done: Export) -> str:
     if done.train_data_ratio is not None:
         lines.append(f"the rows held out are the last: train with --train-data-ratio {done.train_data_ratio:.9f}")
     return "\n".join([*lines, f"export: {done.folder} ({len(done.files):,} files)"])
+
+
+def cleaned(done: Cleaned) -> str:
+    """What `batchgen screen` prints."""
+    lines = [f"{done.kept:,} of {done.rows:,} rows kept"]
+    lines += [f"  {reason}: {count:,}" for reason, count in sorted(done.refused.items())]
+    if done.redacted:
+        lines.append(f"masked: {', '.join(f'{count:,} {kind}' for kind, count in sorted(done.redacted.items()))}")
+    return "\n".join([*lines, f"clean input: {done.folder} ({done.files:,} files)"])
 
 
 def garbage(found: list[str], *, removed: bool) -> str:

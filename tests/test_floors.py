@@ -24,7 +24,7 @@ FLOORS = [
     {"actors"},
     {"cluster"},
     {"job"},
-    {"features"},
+    {"features", "clean"},
     {"export"},
     {"terminal"},
     {"cli"},

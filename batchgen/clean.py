@@ -1,0 +1,137 @@
+"""Screening alone: an input's rows that a submit would generate, as Parquet with all their columns.
+
+Each shard of the input becomes one file, stored by one conditional write, so that the same command resumes and does
+what is new. What decides is what decides in a job: the same reader, screen, search for duplicates and renderer.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import io
+import json
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import types
+
+from batchgen import dedupe, job, read
+from batchgen.errors import DrainedError, OutputConflictError
+from batchgen.store import STATE_FOLDER, connect
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from batchgen.job import Job
+    from batchgen.record import Row, Shard
+    from batchgen.spec import Spec
+    from batchgen.store import Store
+
+_FACTS = b"batchgen.screened"
+
+
+@dataclasses.dataclass(slots=True)
+class Cleaned:
+    """What is in `folder`: `kept` of `rows`; `refused` counts the others by reason, `redacted` what was masked."""
+
+    folder: str
+    rows: int = 0
+    kept: int = 0
+    files: int = 0
+    refused: dict[str, int] = dataclasses.field(default_factory=dict)
+    redacted: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+def run(spec: Spec, to: str, *, draining: Callable[[], bool] = lambda: False) -> Cleaned:
+    """Write the rows of the input that a submit would generate to the folder `to`; counts are of all that stands there.
+
+    Raises:
+        DrainedError: `draining` became true; files that are written stay.
+        OutputConflictError: the folder holds rows that were screened otherwise, or of an input that has changed.
+    """
+    found = job.prepare(spec, weights=False)
+    sink, folder = connect(to, spec.output.storage_options), to.rstrip("/")
+
+    def check() -> None:
+        if draining():
+            raise DrainedError(f"drained: what is screened stands in {folder}; the same command goes on")
+
+    done = _done(sink, folder, found)
+    if spec.screen.dedupe == "exact" and len(done) < len(found.plan.shards):
+        files = found.plan.files
+        dedupe.mark(found.source, sink, folder, files, found.columns, found.sampling, check=check)
+    cleaned = Cleaned(to)
+    for shard in found.plan.shards:
+        check()
+        facts = done.get(shard.part_name) or _screened(found, sink, folder, shard)
+        cleaned.files += 1
+        cleaned.rows += shard.num_rows
+        cleaned.kept += facts["kept"]
+        for counts, more in ((cleaned.refused, facts["refused"]), (cleaned.redacted, facts["redacted"])):
+            counts |= {kind: counts.get(kind, 0) + count for kind, count in more.items()}
+    return cleaned
+
+
+def _done(sink: Store, folder: str, found: Job) -> dict[str, dict[str, Any]]:
+    """What stands in the folder, by file name."""
+    done = {}
+    ours = {shard.part_name for shard in found.plan.shards}
+    for url in sink.find(folder):
+        name = url.removeprefix(f"{sink.spelled(folder)}/")
+        if name.startswith(f"{STATE_FOLDER}/"):
+            continue
+        if name not in ours:
+            raise OutputConflictError(
+                f"{url}: not of this input as it is now, screened by this job file; choose an empty folder"
+            )
+        with sink.open(url) as file:
+            done[name] = json.loads(pq.read_metadata(file).metadata[_FACTS])
+    return done
+
+
+def _screened(found: Job, sink: Store, folder: str, shard: Shard) -> dict[str, Any]:
+    """Store the shard's rows that pass."""
+    screen = type(found.kit.screen).of(found.spec.screen)
+    source: Iterable[Row] = read.rows(found.source, shard, found.columns, found.sampling)
+    if found.spec.screen.dedupe == "exact":
+        source = dedupe.judged(source, dedupe.repetitions(sink, folder, shard, found.columns))
+    said: dict[int, Any] = {}
+
+    def noted() -> Iterator[Row]:
+        for row in screen.rows(source):
+            said[row.index] = row.messages  # the renderer adds what the template would
+            yield row
+
+    refused: collections.Counter[str] = collections.Counter()
+    for row in found.kit.renderer.rows(noted()):
+        if row.verdict is not None:
+            refused[f"{row.verdict.status}: {row.verdict.error_type}"] += 1
+            del said[row.index]
+    table = read.table(found.source, shard).take([index - shard.start for index in said])
+    if screen.redacted:
+        table = _told(table, list(said.values()), found.columns)
+    facts = {"kept": len(said), "refused": refused, "redacted": screen.redacted}
+    sink_bytes = io.BytesIO()
+    noted_facts = {**(table.schema.metadata or {}), _FACTS: json.dumps(facts).encode()}
+    pq.write_table(table.replace_schema_metadata(noted_facts), sink_bytes, compression="zstd")
+    url = f"{folder}/{shard.part_name}"
+    if not sink.create(url, sink_bytes.getvalue()):
+        raise OutputConflictError(f"{url}: was written by another command meanwhile; run this one again")
+    return facts
+
+
+def _told(table: pa.Table, conversations: list[Any], columns: read.Columns) -> pa.Table:
+    """The table with these conversations in place of its own."""
+    if columns.messages is not None:
+        at = table.schema.get_field_index(columns.messages)
+        type_ = table.schema.field(at).type
+        as_text = types.is_string(type_) or types.is_large_string(type_)
+        values = [json.dumps(one, ensure_ascii=False) for one in conversations] if as_text else conversations
+        return table.set_column(at, table.schema.field(at), pa.array(values, type_))
+    for name, role in ((columns.system, "system"), (columns.prompt, "user")):
+        if name is not None:
+            at = table.schema.get_field_index(name)
+            texts = [next((m["content"] for m in one if m["role"] == role), None) for one in conversations]
+            table = table.set_column(at, table.schema.field(at), pa.array(texts, table.schema.field(at).type))
+    return table
