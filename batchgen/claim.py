@@ -100,7 +100,7 @@ class Claim:
         """Raises KeyError or TypeError for what is none."""
         alone = facts["alone"] and (facts["alone"][0], facts["alone"][1])
         names = (facts["n"], facts["nonce"], tuple(facts["accepted"]))
-        origin = (facts["file"], facts["version"], facts["fingerprint"])
+        origin = (facts["file"], facts["version"], facts.get("fingerprint", ""))
         return Claim(*names, *origin, facts["deaths"], alone, facts["times"])
 
 

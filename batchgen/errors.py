@@ -3,6 +3,7 @@
 * BatchgenError                (exit 1)
   - SpecError                  (exit 2)   the job file is wrong
   - InputError                 (exit 2)   the input table is missing, unreadable or of another shape
+    - InputChangedError        (exit 2)   an input file changed between plan and read
   - ModelError                 (exit 2)   weights cannot be had, or head and target do not fit
   - EngineError                (exit 1)   the engine dies whatever it runs
   - StoreError                 (exit 1)   object storage kept failing
@@ -42,6 +43,10 @@ class InputError(BatchgenError):
     """The input table is missing, unreadable or of another shape than the job file says."""
 
     exit_code = 2
+
+
+class InputChangedError(InputError):
+    """An input file is not the one that was planned; rows that were read of it are of no use."""
 
 
 class ModelError(BatchgenError):

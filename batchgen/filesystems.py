@@ -45,6 +45,7 @@ _TRANSIENT = {
     "azure.core.exceptions.ServiceRequestError",
     "azure.core.exceptions.ServiceResponseError",
     "botocore.exceptions.HTTPClientError",
+    "botocore.exceptions.IncompleteReadError",
     "botocore.parsers.ResponseParserError",
     "fsspec.exceptions.FSTimeoutError",
     "google.auth.exceptions.RefreshError",
@@ -57,8 +58,22 @@ _TRANSIENT = {
 }
 
 
+# Of S3 with a status of 4xx: a write of the same key is under way, or the line was bad.
+_S3_TRANSIENT = {
+    "BadDigest",
+    "ConditionalRequestConflict",
+    "IncompleteBody",
+    "OperationAborted",
+    "RequestTimeout",
+    "SlowDown",
+    "XAmzContentSHA256Mismatch",
+}
+
+
 def transient(error: BaseException) -> bool:
     """Whether the same request may well succeed a moment later."""
+    if _s3_answer(error).get("Error", {}).get("Code") in _S3_TRANSIENT:
+        return True
     if isinstance(error, (FileNotFoundError, FileExistsError, PermissionError)):
         return False
     code = _status(error)
@@ -83,10 +98,13 @@ def _status(error: BaseException | None) -> int | None:
     """The HTTP status behind an exception of gcsfs, adlfs, huggingface_hub or, as its cause, s3fs."""
     code = getattr(error, "code", None) or getattr(error, "status_code", None)
     code = code or getattr(getattr(error, "response", None), "status_code", None)
-    answer = getattr(getattr(error, "__cause__", None), "response", None)
-    if isinstance(answer, dict):
-        code = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    code = _s3_answer(error).get("ResponseMetadata", {}).get("HTTPStatusCode", code)
     return int(code) if isinstance(code, int) or (isinstance(code, str) and code.isdecimal()) else None
+
+
+def _s3_answer(error: BaseException | None) -> dict[str, Any]:
+    answer = getattr(getattr(error, "__cause__", None), "response", None)
+    return answer if isinstance(answer, dict) else {}
 
 
 class Memory(MemoryFileSystem):  # type: ignore[misc]  # fsspec is untyped
@@ -121,7 +139,7 @@ class Disk(LocalFileSystem):  # type: ignore[misc]  # fsspec is untyped
     def _strip_protocol(cls, path: Any) -> Any:
         # `a/../b` is `b`: by two names a file would be two inputs.
         bare = super()._strip_protocol(path)
-        return bare if isinstance(bare, list) else os.path.normpath(bare)
+        return bare if isinstance(bare, list) else re.sub("^//+", "/", os.path.normpath(bare))
 
     def pipe_file(
         self, path: str, value: bytes, mode: str = "overwrite", old: bytes | None = None, **kwargs: Any
@@ -278,6 +296,20 @@ def s3() -> tuple[type[Any], tuple[type[Exception], ...]]:
             once = {"retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": 30}
             super().__init__(*arguments, config_kwargs=once | dict(config_kwargs or {}), **options)
 
+        async def _cat_file(
+            self, path: str, start: int | None = None, end: int | None = None, etag: str = "", **kwargs: Any
+        ) -> bytes:
+            # In one request, and with `etag` of one version only.
+            bucket, key, _ = self.split_path(path)
+            asked = {"IfMatch": f'"{etag}"'} if etag else {}
+            if start is not None or end is not None:
+                asked["Range"] = f"bytes={start or 0}-{'' if end is None else end - 1}"
+            answer = await self._call_s3("get_object", Bucket=bucket, Key=key, **asked)
+            try:
+                return bytes(await answer["Body"].read())
+            finally:
+                answer["Body"].close()
+
     return S3, (BotoCoreError,)
 
 
@@ -297,7 +329,8 @@ def azure() -> tuple[type[Any], tuple[type[Exception], ...]]:
             # adlfs' own takes what follows ? or # in a name for parts of a URL.
             if isinstance(path, list):
                 return [cls._strip_protocol(each) for each in path]
-            return re.sub("^(az|abfss?)://", "", path).lstrip("/")
+            # Before the account's host stands the container.
+            return re.sub("^([^/@]+)@[^/]+", r"\1", re.sub("^(az|abfss?)://", "", path)).lstrip("/")
 
         async def _pipe_file(
             self, path: str, value: bytes, mode: str = "overwrite", version: str = "", **kwargs: Any

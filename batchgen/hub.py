@@ -13,6 +13,7 @@ from typing import Any
 
 import huggingface_hub
 from huggingface_hub import constants, errors
+from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
 # It calls for httpx or httpx2, by its version; what either raises is the base of its own errors.
@@ -42,8 +43,17 @@ class Hub(huggingface_hub.HfFileSystem):
 
     def info(self, path: str, *arguments: Any, **kwargs: Any) -> dict[str, Any]:
         """One file or folder."""
-        self.dircache.clear()
-        return super().info(path, *arguments, **kwargs)
+        at = self.resolve_path(path)
+        if not getattr(at, "repo_id", None) or not at.path_in_repo:
+            self.dircache.clear()
+            return super().info(path, *arguments, **kwargs)
+        # Its own would list the whole folder.
+        where = {"repo_type": at.repo_type, "revision": at.revision}
+        for found in self._api.get_paths_info(at.repo_id, at.path_in_repo, **where):
+            if isinstance(found, RepoFile):
+                return {"name": at.unresolve(), "size": found.size, "type": "file", "blob_id": found.blob_id}
+            return {"name": at.unresolve(), "size": 0, "type": "directory"}
+        raise FileNotFoundError(errno.ENOENT, "no such file", path)
 
     def ls(self, path: str, *arguments: Any, **kwargs: Any) -> Any:
         """A folder."""
@@ -57,6 +67,8 @@ class Hub(huggingface_hub.HfFileSystem):
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
         """Bytes [start, end) of a file, in one request."""
+        if start is not None and start == end:
+            return b""
         headers = build_hf_headers(token=self.token)
         if start is not None or end is not None:
             headers["Range"] = f"bytes={start or 0}-{'' if end is None else end - 1}"

@@ -29,6 +29,7 @@ from batchgen import (
     record,
     report,
     status,
+    urls,
     write,
 )
 from batchgen.attempt import Task
@@ -265,7 +266,7 @@ def _with_weights(job: Job) -> Job:
     for name in ("target_identity", "draft_identity"):
         if found.facts[name] != job.facts[name]:
             was, now = job.facts[name], found.facts[name]
-            raise ModelError(f"model.{name.partition('_')[0]}: was {was}, and is {now} a moment later; submit again")
+            raise ModelError(f"model.{name.partition('_')[0]}: was {was}, and is {now} a moment later; name a revision")
     return found
 
 
@@ -463,10 +464,14 @@ def _public(spec: Spec) -> dict[str, Any]:
 
 def _masked(options: Any) -> Any:
     """Engine options without what may be secret among them."""
+    if isinstance(options, list | tuple):
+        return [_masked(option) for option in options]
+    if isinstance(options, str):
+        return urls.without_secrets(options)
     if not isinstance(options, dict):
         return options
-    secret = re.compile("token$|secret|password|api_?key", re.IGNORECASE)
-    return {name: "not stored" if secret.search(name) else _masked(value) for name, value in options.items()}
+    secret = re.compile("token$|secret|passw|credential|auth|(api|access)[-_]?key", re.IGNORECASE)
+    return {name: "not stored" if secret.search(str(name)) else _masked(value) for name, value in options.items()}
 
 
 def _costs_folder() -> Path:

@@ -111,7 +111,7 @@ class Journal:
             try:
                 accepted = _load(store, folder, claim.accepted, files, schema)
             except FileNotFoundError as error:
-                if before and before.name not in _by_name(store.find(folder)):
+                if before and not _exists(store, f"{folder}/{before.name}"):
                     # The shard was committed and its journal removed, claims first, while we looked at it.
                     store.delete([f"{folder}/{claim.name}"])
                     continue
@@ -264,8 +264,9 @@ def pending(store: Store, output_url: str) -> dict[str, int]:
 
 def sweep(store: Store, output_url: str, keys: set[str]) -> None:
     """Remove the journals of the shards `keys`: their parts stand, a run died before it cleared up."""
+    # One that does failed rows of the part again has another name; it is used when they are done again.
     for name in {url.split("/")[-2] for url in store.find(_folder(output_url))}:
-        if name[:16] in keys:
+        if name in keys:
             remove(store, _folder(output_url, name))
 
 
@@ -290,8 +291,9 @@ def strays(
     for folder, files in folders.items():
         claim = latest(store, files)
         key, _, again = folder.rpartition("/")[2].partition("-")
-        own = claim is not None and claim.fingerprint in {fingerprint, ""}
-        gone = claim is not None and own and versions.get(claim.file) != claim.version
+        # Without a claim it was being removed when its run was killed.
+        own = claim is None or claim.fingerprint in {fingerprint, ""}
+        gone = own and (claim is None or versions.get(claim.file) != claim.version)
         if gone or (key in done and not (again and commit(key) == again)):
             found.append(folder)
     return found
@@ -302,6 +304,14 @@ def remove(store: Store, folder: str) -> None:
     # Claims first: who reads the rest while it goes can tell a removed journal from a damaged one.
     store.delete([url for url in store.find(folder) if NAME.fullmatch(url.rpartition("/")[2])])
     store.remove(folder)
+
+
+def _exists(store: Store, url: str) -> bool:
+    try:
+        store.info(url)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _pauses() -> Iterator[float]:

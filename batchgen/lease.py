@@ -45,6 +45,10 @@ BEATS_PER_TTL = 6
 _POLL_S = 0.5
 
 
+class _GoneError(StoreError):
+    """There is no record where there was one."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Record:
     """What is stored. `nonce` makes every beat's bytes its own; `since` is for people."""
@@ -131,7 +135,7 @@ class Lease:
                 # With the same bytes until they are there: a beat that arrived and was not answered is known again.
                 self._swap(data)
             except StoreError as error:
-                if time.monotonic() - told > self._patience_s:
+                if isinstance(error, _GoneError) or time.monotonic() - told > self._patience_s:
                     self._error = error
                     return
             except Exception as error:  # noqa: BLE001  # `check` raises it
@@ -208,7 +212,7 @@ def _watch(store: Store, url: str, old: bytes, before: _Record, draining: Callab
 def _taken(record: _Record | None, url: str) -> BatchgenError:
     """What to say of a lease that is not ours; one that is gone was taken by no run, but by somebody who tidied up."""
     if record is None:
-        return StoreError(f"{url}: is gone, removed by somebody, maybe with its bucket; this run writes no more")
+        return _GoneError(f"{url}: is gone, removed by somebody, maybe with its bucket; this run writes no more")
     return LeaseLostError(f"{url}: taken over by {record.who}; this run writes no more")
 
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
 import io
 import itertools
 import json
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batchgen import write
+from batchgen.errors import StoreError
 from batchgen.store import STATE_FOLDER
 from batchgen.tally import Rates
 
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
 
     from batchgen.plan import Plan
     from batchgen.store import Entry, Store
+
+log = logging.getLogger("batchgen.report")
 
 SUMMARY = f"{STATE_FOLDER}/summary.json"
 # Parquet, but not named so: `**/*.parquet` over an output folder must not find it.
@@ -45,7 +50,9 @@ _COLUMNS = [*_KEY, "status", "error_type", *_SUMS, "accepted_per_depth"]
 # Of each part that was read once, in `RECONCILED`; "hashes" are those of its keys.
 _FACTS = {"ok", "error", "skipped", *_SUMS, "reasons", "accepted_per_depth", "hashes"}
 # 8 bytes each; where there are more, parts are read again.
-_KEPT_ROWS = 2**26
+_KEPT_ROWS = 2**24
+_DIGEST_BYTES = 32
+_PROBE = b"batchgen.probe"
 _READERS = 16
 
 
@@ -130,7 +137,10 @@ def summarise(store: Store, output: str, plan: Plan, samples: int) -> Summary:
         summary.problems.append(f"{summary.rows} rows in the parts, expected {summary.expected_rows}")
     summary.reasons = dict(collections.Counter(summary.reasons).most_common())
     if unread:
-        _keep(store, output, stored | known)
+        try:
+            _keep(store, output, stored | known)
+        except StoreError as error:  # it only saves reading
+            log.warning("what was reconciled is not kept: %s", error)
     return summary
 
 
@@ -153,19 +163,18 @@ def _known(store: Store, output: str) -> dict[str, dict[str, Any]]:
 
     try:
         data = store.read(f"{output.rstrip('/')}/{RECONCILED}")
-        if pq.read_metadata(io.BytesIO(data)).metadata.get(b"batchgen.hashed_by") != pl.__version__.encode():
-            return {}
-        frame = pl.read_parquet(data)
-    except (FileNotFoundError, OSError, pa.ArrowException, pl.exceptions.PolarsError):
+    except FileNotFoundError:
         return {}
-    if set(frame.columns) != {"key", "version", *_FACTS}:
+    digest, rest = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
+    if hashlib.sha256(rest).digest() != digest or pq.read_metadata(io.BytesIO(rest)).metadata[_PROBE] != _probe():
         return {}
+    frame = pl.read_parquet(rest)
     hashes = dict(zip(frame["key"], frame["hashes"], strict=True))
     return {row["key"]: row | {"hashes": hashes[row["key"]]} for row in frame.drop("hashes").iter_rows(named=True)}
 
 
 def _keep(store: Store, output: str, known: dict[str, dict[str, Any]]) -> None:
-    """Note what was found in parts, for `_known`."""
+    """Note what was found in parts, for `_known`, behind a digest of it."""
     import polars as pl
 
     if sum(len(facts["hashes"]) for facts in known.values()) > _KEPT_ROWS:
@@ -173,8 +182,17 @@ def _keep(store: Store, output: str, known: dict[str, dict[str, Any]]) -> None:
     lists = {"accepted_per_depth": pl.List(pl.Int64), "hashes": pl.List(pl.UInt64)}
     frame = pl.DataFrame(list(known.values()), schema_overrides=lists, infer_schema_length=None)
     sink = io.BytesIO()
-    frame.write_parquet(sink, compression="uncompressed", metadata={"batchgen.hashed_by": pl.__version__})
-    store.put(f"{output.rstrip('/')}/{RECONCILED}", sink.getvalue())
+    frame.write_parquet(sink, compression="uncompressed", metadata={_PROBE.decode(): _probe().decode()})
+    data = sink.getvalue()
+    store.put(f"{output.rstrip('/')}/{RECONCILED}", hashlib.sha256(data).digest() + data)
+
+
+def _probe() -> bytes:
+    """Differs where the hashes that were kept would not be made again, or other facts stand with them."""
+    import polars as pl
+
+    frame = pl.DataFrame({"row_id": ["a", "ä", ""], "sample": [0, 1, 2]}, schema_overrides={"sample": pl.Int32})
+    return f"{sorted(_FACTS)} {frame.hash_rows().to_list()}".encode()
 
 
 def _read(store: Store, url: str, columns: list[str]) -> pa.Table:

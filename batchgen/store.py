@@ -29,7 +29,7 @@ import tenacity
 from fsspec.asyn import AsyncFileSystem
 
 from batchgen import filesystems, urls
-from batchgen.errors import InputError, StoreError
+from batchgen.errors import InputChangedError, InputError, StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -77,6 +77,8 @@ def _hub() -> tuple[type[Any], tuple[type[Exception], ...]]:
     return hub.Hub, (hub.FAILURE,)
 
 
+# Under which names storage tells one version of an object from another.
+_VERSIONS = ("version", "generation", "ETag", "etag", "blob_id", "xet_hash", "Last-Modified", "mtime", "created")
 _REMEDY = "leave it to the library's own credentials, or to storage_options"
 _KINDS: dict[str, Callable[[], tuple[type[Any], tuple[type[Exception], ...]]]] = {
     "": lambda: (filesystems.Disk, ()),
@@ -262,14 +264,14 @@ class Store:
         """A seekable file for ranged reads of one object; nothing is read ahead or cached.
 
         Raises:
-            InputError: `version` is given and is not the object's, when opened or when closed after all was well.
-            StoreError: on GCS, the object was replaced while open.
+            InputChangedError: `version` is given and is not the object's, when opened or when closed.
+            StoreError: on GCS or S3, the object was replaced while open.
         """
         entry = self.info(url)
 
         def still(now: Entry) -> None:
             if version not in {None, now.version}:
-                raise InputError(
+                raise InputChangedError(
                     f"{url}: changed since it was planned (version {version}, now {now.version}); plan again"
                 )
 
@@ -278,8 +280,8 @@ class Store:
             Path(self._path(url)).open("rb") if isinstance(self.fs, filesystems.Disk) else _Ranged(self, entry) as file
         ):
             yield cast("BinaryIO", file)
-        # A shard is read for as long as it runs, and only GCS is asked for the bytes of one version.
-        if version is not None and self.scheme != _GCS:
+        # A shard is read for as long as it runs, and others are not asked for the bytes of one version.
+        if version is not None and self.scheme not in {_GCS, _S3}:
             with contextlib.suppress(FileNotFoundError):  # what was read had its version
                 still(self.info(url))
 
@@ -303,8 +305,9 @@ class Store:
         return [got[i] for i in range(len(entries))]
 
     def _range(self, entry: Entry, start: int, end: int) -> bytes:
-        """Bytes [start, end) of the very version in `entry` (S3 is not asked for it)."""
-        path, pin = self._path(entry.url), {"generation": entry.version} if self.scheme == _GCS else {}
+        """Bytes [start, end) of the very version in `entry`, on GCS and S3."""
+        path = self._path(entry.url)
+        pin = {_GCS: {"generation": entry.version}, _S3: {"etag": entry.version}}.get(self.scheme, {})
 
         def fetch(limit: dict[str, float]) -> bytes:
             data = cast("bytes", self.fs.cat_file(path, start=start, end=end, **pin, **limit))
@@ -314,7 +317,7 @@ class Store:
 
         try:
             return self._retry("read", entry.url, fetch)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, FileExistsError) as error:
             raise StoreError(f"read {entry.url}: replaced or removed while it was read") from error
 
     def _if_still(self, entry: Entry, data: bytes) -> dict[str, Any]:
@@ -354,10 +357,13 @@ class Store:
         found = {}
         for path, info in sorted(infos.items()):
             if info["type"] == "file" and not path.endswith("/"):
-                url = f"{self.scheme}://{path.removeprefix('/') if self.scheme == 'memory' else path}"
-                known = (info.get(name) for name in ("version", "generation", "ETag", "etag", "blob_id", "created"))
-                version = next((str(value).strip('"') for value in known if value), str(info["size"]))
-                entry = Entry(url if self.scheme else path, info["size"], version)
+                bare = path.removeprefix("/") if self.scheme == "memory" else path
+                # fsspec's http keeps the scheme.
+                url = path if not self.scheme or "://" in path else f"{self.scheme}://{bare}"
+                known = next((str(info[name]).strip('"') for name in _VERSIONS if info.get(name)), None)
+                if known is None or info["size"] is None:
+                    raise StoreError(f"{url}: its storage does not say when it changes, so it cannot be relied on")
+                entry = Entry(url, info["size"], known)
                 found[entry.url] = entry
         return found
 

@@ -18,6 +18,7 @@ from batchgen.errors import (
     AcceptanceError,
     BatchgenError,
     DrainedError,
+    InputChangedError,
     LeaseLostError,
     StoreError,
 )
@@ -117,6 +118,10 @@ class Worker:
         except BaseException as error:
             # Whatever else ends the run early, what is finished need not be done again.
             for attempt in self._open:
+                if isinstance(error, InputChangedError):
+                    # Whose rows are of which bytes is not known, and the old bytes may be put back one day.
+                    attempt.journal.remove()
+                    continue
                 attempt.journal.flush()
                 if attempt.piece is None and isinstance(error, BatchgenError | KeyboardInterrupt):
                     attempt.journal.end()

@@ -50,6 +50,18 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     repositories: Mapping[str, dict[str, bytes]]
 
+    def do_POST(self) -> None:  # the base class' name
+        name = "/".join(urllib.parse.unquote(self.path).split("/")[2:5])
+        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        files, infos = self.repositories[name], []
+        for path in urllib.parse.parse_qs(body)["paths"]:
+            if path in files:
+                size = len(files[path])
+                infos.append({"type": "file", "path": path, "oid": _oid(files[path]), "size": size})
+            elif any(file.startswith(f"{path}/") for file in files):
+                infos.append({"type": "directory", "path": path, "oid": COMMIT, "size": 0})
+        self._answer(json.dumps(infos).encode())
+
     def do_GET(self) -> None:  # the base class' name
         path, _, query = urllib.parse.unquote(self.path).partition("?")
         asked, file = _API.match(path), _FILE.match(path)

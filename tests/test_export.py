@@ -16,8 +16,9 @@ from datasets import load_dataset, load_from_disk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
-from batchgen import spec
+from batchgen import models, spec
 from batchgen.export import Selection, run
 
 if TYPE_CHECKING:
@@ -203,3 +204,28 @@ def test_the_trainers_set_has_each_row_beside_its_hidden_states(tmp_path):
     lines = [json.loads(line) for f in (tmp_path / "text/validation").iterdir() for line in f.read_text().splitlines()]
     last = found.select(range(len(found) - facts["held_out"], len(found)))
     assert sorted(line["input_ids"] for line in lines) == sorted(last["input_ids"]), "the same rows in every form"
+
+
+def test_specforges_own_parser_finds_our_ids_and_our_mask(tmp_path):
+    """It renders the text again: where it comes out as it went in, its ids are the target's, and so is its mask."""
+    parse = pytest.importorskip("specforge.data.parse")
+    template = pytest.importorskip("specforge.data.template").ChatTemplate(
+        user_header="<|im_start|>user\n", assistant_header="<|im_start|>assistant\n", end_of_turn_token="<|im_end|>"
+    )
+    answers = {"engine": {"kind": "torch"}, "sampling": {"max_tokens": 120}, "max_error_rate": 0.0}
+    job = job_file(tmp_path, rows=16, **answers)
+    assert batchgen("submit", job).returncode == 0
+    for form in ("specforge", "speculators"):
+        assert batchgen("export", job, "--form", form, "--to", tmp_path / form).returncode == 0
+    texts, ours = (
+        {row["id"]: row for file in (tmp_path / form).glob("*.jsonl") for row in map(json.loads, file.open())}
+        for form in ("specforge", "speculators")
+    )
+    parser = parse.GeneralParser(AutoTokenizer.from_pretrained(models.fetch("demo:smollm2-135m").path), template)
+    assert len(texts) >= 8
+    for name, row in texts.items():
+        ids, mask = (each.view(-1).tolist() for each in parser.parse(row["conversations"], 4096))
+        mine = ours[name.replace("/", "_gen")]
+        whole = len(mine["input_ids"])
+        assert (ids[:whole], mask[:whole]) == (mine["input_ids"], mine["loss_mask"])
+        assert not any(mask[whole:]), "what the template puts behind the end token is nobody's answer"

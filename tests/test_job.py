@@ -282,6 +282,21 @@ def test_a_missing_or_damaged_part_is_noticed(tmp_path):
     assert batchgen("submit", job).returncode == 0, "a part that is not there is simply done again"
 
 
+def test_what_was_reconciled_is_read_again_where_it_cannot_be_relied_on(tmp_path):
+    """Once its bytes are damaged, as once a part has changed."""
+    prompts(tmp_path)
+    job = job_file(tmp_path, **REHEARSAL, checkpoint={"rows_per_part": 2})
+    first = batchgen("submit", job, "--json")
+    kept = tmp_path / "out/__batchgen/reconciled"
+    good = kept.read_bytes()
+    for at in range(0, len(good), len(good) // 4):
+        kept.write_bytes(good[:at] + bytes([good[at] ^ 4]) + good[at + 1 :])
+        again = batchgen("submit", job, "--json")
+        assert again.returncode == 0, again.stderr
+        assert json.loads(again.stdout) == json.loads(first.stdout) | {"ran": False}
+        assert kept.read_bytes() == good
+
+
 def test_what_would_write_the_same_rows_again_is_refused(tmp_path):
     prompts(tmp_path)
     job = job_file(tmp_path, **REHEARSAL)

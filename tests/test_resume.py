@@ -284,6 +284,19 @@ def test_gc_removes_what_no_submit_will_use(tmp_path):
     assert not list((tmp_path / "out").rglob("seg-*"))
 
 
+def test_rows_of_an_input_that_changed_while_it_was_read_are_not_kept(tmp_path):
+    """What is put back may have the old version again; what was read meanwhile is of unknown bytes."""
+    job = rehearsal(tmp_path, rows=90, step_s=0.1)
+    process = start("submit", job)
+    while not list((tmp_path / "out").rglob("seg-*")):
+        time.sleep(0.05)
+    (tmp_path / "prompts.parquet").touch()
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "changed since it was planned" in said
+    assert not list((tmp_path / "out").rglob("seg-*"))
+
+
 def test_gc_removes_the_journal_of_an_input_that_is_gone_and_of_a_second_try_that_was_done(tmp_path):
     """The second try is killed on its way; its journal is kept until another second try has replaced the part."""
     job = rehearsal(tmp_path, rows=90, fail=["*"])

@@ -212,6 +212,16 @@ def test_s3_is_asked_again_and_each_time_is_counted(on_s3: tuple[str, Store, Fau
         assert answer in (True, b"new", store.info(f"{folder}/x"), {f"{folder}/x": store.info(f"{folder}/x")}), verb
 
 
+def test_s3_that_has_another_write_under_way_is_asked_again(on_s3: tuple[str, Store, FaultProxy]) -> None:
+    """As it is where an answer was lost and the request repeated before the first one was through."""
+    folder, store, proxy = on_s3
+    for status, code in ((409, "ConditionalRequestConflict"), (400, "RequestTimeout"), (400, "BadDigest")):
+        body = f"<Error><Code>{code}</Code><Message>again</Message></Error>".encode()
+        proxy.faults = [Fault("PUT", "status", status=status, body=body)]
+        assert store.create(f"{folder}/{code}", b"mine")
+    assert store.retries == 3
+
+
 @pytest.mark.parametrize(("status", "expected"), [(403, "not authorized|Forbidden"), (401, "HTTP 401")])
 def test_s3_that_refuses_is_not_asked_again(on_s3: tuple[str, Store, FaultProxy], status: int, expected: str) -> None:
     folder, store, proxy = on_s3

@@ -14,6 +14,7 @@ SECRET = [
     "https://host/x.parquet?X-Amz-Signature=1234",
     "HTTPS://host/x.parquet?sig=1234",
     "https://me@host/x.parquet",
+    "s3://me:12/34@host/x.parquet",
     "ftp://me:1234@host/x.parquet",
     "az://container/x.parquet?sv=2020&sig=1234",
     "simplecache::https://me:1234@host/x.parquet",
@@ -21,6 +22,7 @@ SECRET = [
 OPEN = [
     "/x/a?b.parquet",
     "gs://b/dt=2026-??-01/*.parquet",
+    "gs://b/year=202?month=1/x.parquet",
     "hf://datasets/acme/prompts@main/x.parquet",
     "abfss://container@account.dfs.core.windows.net/x.parquet",
     "https://host/x.parquet",
@@ -37,7 +39,6 @@ def test_a_url_with_a_secret_is_refused_without_being_shown(url: str) -> None:
 @pytest.mark.parametrize("url", OPEN)
 def test_other_urls_are_not(url: str) -> None:
     assert not urls.holds_secret(url)
-    assert urls.without_secrets(url) == url or "?" in url or "@" in url
 
 
 @given(
@@ -46,7 +47,10 @@ def test_other_urls_are_not(url: str) -> None:
     st.from_regex(r"\A[A-Za-z0-9%_-]{12,20}\Z"),
 )
 def test_a_message_keeps_its_url_and_loses_the_secret(scheme: str, host: str, secret: str) -> None:
-    for url in (f"{scheme}://user:{secret}@{host}/x", f"{scheme}://{host}/x?Signature={secret}&Expires=1"):
+    queries = (f"Signature={secret}&Expires=1", f"name=UTF-8''a.parquet&Signature={secret}")
+    said = filesystems.cause(OSError(f"Max retries exceeded with url: /x?{queries[0]}, try later"))
+    assert secret not in said
+    for url in (f"{scheme}://user:{secret}@{host}/x", *(f"{scheme}://{host}/x?{query}" for query in queries)):
         said = filesystems.cause(OSError(f"503 for url '{url}', try later"))
         assert secret not in said
         assert f"{scheme}://{host}/x" in said
