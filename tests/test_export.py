@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 import pytest
@@ -206,6 +206,7 @@ def test_the_trainers_set_has_each_row_beside_its_hidden_states(tmp_path):
     assert sorted(line["input_ids"] for line in lines) == sorted(last["input_ids"]), "the same rows in every form"
 
 
+@pytest.mark.filterwarnings("ignore:The first message is from system")
 def test_specforges_own_parser_finds_our_ids_and_our_mask(tmp_path):
     """It renders the text again: where it comes out as it went in, its ids are the target's, and so is its mask."""
     parse = pytest.importorskip("specforge.data.parse")
@@ -217,10 +218,12 @@ def test_specforges_own_parser_finds_our_ids_and_our_mask(tmp_path):
     assert batchgen("submit", job).returncode == 0
     for form in ("specforge", "speculators"):
         assert batchgen("export", job, "--form", form, "--to", tmp_path / form).returncode == 0
-    texts, ours = (
-        {row["id"]: row for file in (tmp_path / form).glob("*.jsonl") for row in map(json.loads, file.open())}
-        for form in ("specforge", "speculators")
-    )
+
+    def rows(form: str) -> dict[str, Any]:
+        lines = [line for file in (tmp_path / form).glob("*.jsonl") for line in file.read_text().splitlines()]
+        return {row["id"]: row for row in map(json.loads, lines)}
+
+    texts, ours = rows("specforge"), rows("speculators")
     parser = parse.GeneralParser(AutoTokenizer.from_pretrained(models.fetch("demo:smollm2-135m").path), template)
     assert len(texts) >= 8
     for name, row in texts.items():
