@@ -43,7 +43,8 @@ class _Commands(click.Group):
             ctx.exit(e.exit_code)
 
 
-_FORMS = ("speculators", "speculators-states", "specforge", "modelopt", "messages", "sharegpt")
+_FORMS = ("speculators", "speculators-states", "specforge", "specforge-states", "modelopt", "modelopt-states",
+          "messages", "sharegpt")  # fmt: skip
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -250,9 +251,9 @@ def export(
 ) -> None:
     """Write a job's finished rows as training data for a draft head.
 
-    speculators: JSON lines of token ids and loss mask; speculators-states: the set that its trainer reads, with hidden
-    states; specforge, modelopt: JSON lines of conversations; messages, sharegpt: Parquet. The same rows are chosen
-    whenever and wherever it runs.
+    speculators: JSON lines of token ids and loss mask; specforge, modelopt: JSON lines of conversations; with -states:
+    what their trainers read, with hidden states; messages, sharegpt: Parquet. The same rows are chosen whenever and
+    wherever it runs.
     """
     loaded = _load(spec, overrides)
     from batchgen import export, terminal

@@ -1,13 +1,13 @@
 """A job's finished rows in the forms that trainers of draft heads read.
 
 Token ids are the only lossless source: text that is rendered again by another template, or another version of it, has
-other tokens than those that the target saw and wrote. So `speculators` and `speculators-states` carry ids, with a mask
+other tokens than those that the target saw and wrote. So `speculators` and all with hidden states carry ids, and a mask
 of 1 exactly where the target itself wrote the token, its end token included. The other forms are text, which their
 trainers render and mask themselves; there rows that were cut off by length are left out, because a template would end
 them with an end token that the target never wrote, and `<think>` markers are, because those trainers refuse them.
 
 What each trainer expects was read off speculators 0.9 (data_generation/preprocessing.py, train/data.py), SpecForge 0.2
-(data/parse.py) and ModelOpt 0.47 (examples/speculative_decoding).
+(data/parse.py, algorithms/eagle3/data.py) and ModelOpt 0.47 (torch/speculative/eagle/utils.py).
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from batchgen.errors import InputError, OutputConflictError
 from batchgen.store import STATE_FOLDER, connect
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import polars as pl
+    import torch
 
     from batchgen.spec import Spec
     from batchgen.store import Store
@@ -106,19 +107,23 @@ def run(spec: Spec, form: str, to: str, chosen: Selection, *, states: str | None
         sink.put(f"{folder}/{MANIFEST}", json.dumps(facts, indent=2).encode())
 
     manifest(complete=False)  # whoever is interrupted here may begin again
-    if form == _SPECULATORS_STATES:
+    if form in _STATES:
         keys = [key for _, frame in tables() for key in _keys(frame)]
         apart = {key: _held_out(key[0], chosen) for key in keys}
         states = states or f"{output}/{STATE_FOLDER}/features"
         captured = connect(states, spec.output.storage_options)
-        last = engines.layers(models.fetch(spec.model.target, weights=False), None)[0][-1]
+        target = models.fetch(spec.model.target, weights=form != _SPECULATORS_STATES)
+        last = engines.layers(target, None)[0][-1]
         at = features.layers(captured, states)
         if len(at) < 2 or at[-1] != last:
             found = ", ".join(map(str, at))
             raise InputError(
                 f"{states}: holds layers {found}; the trainer needs some and the last one, {last}, in the end"
             )
-        _with_states(captured, states, sink, export, apart)
+        if form == _SPECULATORS_STATES:
+            _with_states(captured, states, sink, export, apart)
+        else:
+            _file_for_each(captured, states, sink, export, apart, engines.final_norm(target))
     else:
         _rows(sink, export, tables(), chosen)
     manifest(complete=True)
@@ -282,7 +287,10 @@ _FORMS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str, Callabl
     "messages": (_messages, "parquet", _parquet),
     "sharegpt": (_sharegpt, "parquet", _parquet),
 }
-_BY_IDS = ("speculators", _SPECULATORS_STATES)
+_STATES = (_SPECULATORS_STATES, "specforge-states", "modelopt-states")
+_BY_IDS = ("speculators", *_STATES)
+# SpecForge wants so many files in a folder.
+_FILES_IN_A_FOLDER = 2000
 
 
 def _with_states(source: Store, states: str, sink: Store, export: Export, apart: dict[tuple[str, int], bool]) -> None:
@@ -315,11 +323,7 @@ def _with_states(source: Store, states: str, sink: Store, export: Export, apart:
             if rows:
                 data[held_out].append(f"data-{'validation-' if held_out else ''}{name}.arrow")
                 sink.put(f"{export.folder}/{data[held_out][-1]}", _arrow(rows))
-    if apart:
-        raise InputError(
-            f"{states}: holds no hidden states of {len(apart):,} rows, row {next(iter(apart))[0]} among them; run "
-            f"`batchgen features` first"
-        )
+    _all_found(states, apart)
     frequencies = io.BytesIO()
     torch.save(dict(counts), frequencies)  # from which the trainer chooses the draft's vocabulary
     files = {"token_freq.pt": frequencies.getvalue(), "dataset_info.json": b"{}"}
@@ -329,6 +333,58 @@ def _with_states(source: Store, states: str, sink: Store, export: Export, apart:
     export.files += [*data[False], *data[True], *files]
     if export.held_out:  # the trainer rounds down
         export.train_data_ratio = (export.rows - export.held_out + 0.5) / export.rows
+
+
+def _all_found(states: str, left: Mapping[tuple[str, int], bool]) -> None:
+    if left:
+        raise InputError(
+            f"{states}: holds no hidden states of {len(left):,} rows, row {next(iter(left))[0]} among them; run "
+            f"`batchgen features` first"
+        )
+
+
+def _file_for_each(
+    source: Store,
+    states: str,
+    sink: Store,
+    export: Export,
+    apart: dict[tuple[str, int], bool],
+    norm: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """What SpecForge and ModelOpt read: a file of tensors for each row, held-out ones in `validation/`.
+
+    Both take the last layer's states behind the target's final norm. ModelOpt's flag of states before it is heeded by
+    DFlash heads only (modelopt/torch/speculative/eagle/utils.py, 0.47), so such states are not written.
+    """
+    import torch
+
+    counts: collections.Counter[bool] = collections.Counter()
+    places = {False: "train/", True: "validation/"} if any(apart.values()) else {False: ""}
+    for _, captured in features.read(source, states):
+        for key, tensors in captured:
+            if key not in apart:
+                continue
+            held_out = apart.pop(key)
+            number = counts[held_out]
+            counts[held_out] += 1
+            ids, mask, hidden = tensors["token_ids"], tensors["loss_mask"].long(), tensors["hidden_states"]
+            heard, last = hidden[:, :-1].flatten(1), norm(hidden[:, -1])
+            if export.form == "specforge-states":
+                first = number // _FILES_IN_A_FOLDER * _FILES_IN_A_FOLDER
+                file = f"rows_{first}-{first + _FILES_IN_A_FOLDER}/data_{number}.ckpt"
+                row = {"input_ids": ids, "loss_mask": mask, "aux_hidden_state": heard[None], "hidden_state": last[None]}
+            else:
+                file = f"{number:08d}.pt"
+                row = {"input_ids": ids, "loss_mask": mask, "aux_hidden_states": heard, "hidden_states": last}
+                row |= {"conversation_id": f"{key[0]}/{key[1]}", "hidden_states_prenorm": False}
+            data = io.BytesIO()
+            torch.save(row, data)
+            file = places[held_out] + file
+            sink.put(f"{export.folder}/{file}", data.getvalue())
+            export.files.append(file)
+            export.rows, export.held_out = export.rows + 1, export.held_out + held_out
+            export.tokens, export.target_tokens = export.tokens + len(ids), export.target_tokens + int(mask.sum())
+    _all_found(states, apart)
 
 
 def _arrow(rows: list[dict[str, Any]]) -> bytes:

@@ -16,7 +16,7 @@ from datasets import load_dataset, load_from_disk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from batchgen import models, spec
 from batchgen.export import Selection, run
@@ -232,3 +232,72 @@ def test_specforges_own_parser_finds_our_ids_and_our_mask(tmp_path):
         whole = len(mine["input_ids"])
         assert (ids[:whole], mask[:whole]) == (mine["input_ids"], mine["loss_mask"])
         assert not any(mask[whole:]), "what the template puts behind the end token is nobody's answer"
+
+
+@pytest.fixture(scope="module")
+def captured(tmp_path_factory) -> Path:
+    """A finished job of real answers, its hidden states beside it."""
+    folder = tmp_path_factory.mktemp("captured")
+    job = job_file(folder, 12, engine={"kind": "torch"}, sampling={"max_tokens": 6}, max_error_rate=0.0)
+    sections = yaml.safe_load(job.read_text())
+    sections["model"]["dtype"] = "float32"
+    job.write_text(yaml.safe_dump(sections))
+    assert batchgen("submit", job).returncode == 0
+    assert batchgen("features", job, "--dtype", "float32").returncode == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hidden(captured) -> dict[tuple[int, ...], tuple[int, list[torch.Tensor]]]:
+    """What transformers has for each row's tokens: prompt length and all hidden states, the last behind the norm."""
+    model = AutoModelForCausalLM.from_pretrained(models.fetch("demo:smollm2-135m").path, dtype=torch.float32)
+    found = {}
+    for prompt, completion in (
+        pl.read_parquet(captured / "out/*.parquet").select("prompt_token_ids", "completion_token_ids").rows()
+    ):
+        with torch.no_grad():
+            states = model(torch.tensor([prompt + completion]), output_hidden_states=True).hidden_states
+        found[*prompt, *completion] = len(prompt), [state[0] for state in states]
+    return found
+
+
+def states_exported(captured: Path, to: Path, form: str) -> None:
+    done = batchgen("export", captured / "job.yaml", "--form", form, "--to", to, "--hold-out", "0.3")
+    assert done.returncode == 0, done.stderr
+
+
+def agrees(hidden, ids: torch.Tensor, mask: torch.Tensor, heard: torch.Tensor, last: torch.Tensor) -> None:
+    prompt, states = hidden.pop(tuple(ids.tolist()))
+    assert mask.tolist() == [0] * prompt + [1] * (len(ids) - prompt)
+    assert torch.allclose(heard, torch.cat([states[k] for k in (2, 15, 27)], -1), rtol=1e-3, atol=1e-2)
+    assert torch.allclose(last, states[-1], rtol=1e-3, atol=1e-2)
+
+
+def test_specforge_reads_our_hidden_states(captured, hidden, tmp_path):
+    """By its own reader, store and normalizer."""
+    data = pytest.importorskip("specforge.algorithms.eagle3.data")
+    from specforge.runtime.data_plane.feature_store import LocalFeatureStore
+    from specforge.runtime.data_plane.offline_reader import OfflineManifestReader
+
+    states_exported(captured, tmp_path / "to", "specforge-states")
+    left, store = dict(hidden), LocalFeatureStore()
+    for part in ("train", "validation"):
+        for ref in OfflineManifestReader(str(tmp_path / "to" / part), validate_files=True):
+            raw, _ = store.get(ref)
+            row = data.normalize_offline_sample(raw, max_len=2048)
+            row["loss_mask"][0, -1] = 1  # which it takes away: nothing follows the last token
+            agrees(left, row["input_ids"][0], row["loss_mask"][0], row["hidden_state"][0], row["target"][0])
+    assert not left
+
+
+def test_modelopt_reads_our_hidden_states(captured, hidden, tmp_path):
+    """By its own dataset."""
+    eagle = pytest.importorskip("modelopt.torch.speculative.eagle.utils")
+    states_exported(captured, tmp_path / "to", "modelopt-states")
+    left = dict(hidden)
+    for row in eagle.OfflineSupervisedDataset(sorted((tmp_path / "to").rglob("*.pt")), answer_only_loss=True):
+        agrees(left, row["input_ids"], row["loss_mask"], row["aux_hidden_states"], row["base_model_hidden_states"])
+        assert row["base_hidden_prenorm"] is False
+        if not left:
+            break
+    assert not left

@@ -24,6 +24,8 @@ from batchgen.speculation.costs import load_costs, save_costs
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    import torch
+
     from batchgen.engines.torch.draft import Draft
     from batchgen.engines.torch.target import Target
     from batchgen.generate import Capture, Engine
@@ -186,6 +188,26 @@ def layers(target: Model, asked: Sequence[int] | None) -> tuple[tuple[int, ...],
     if not found or found[0] < 0 or found[-1] > num:
         raise SpecError(f"layers: found {', '.join(map(str, found))}; {target.path} has 0 (the embedding) to {num}")
     return found, int(config.hidden_size)
+
+
+def final_norm(target: Model) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The norm before the target's head: hidden states [S, H] to what the head multiplies, in their dtype.
+
+    Raises:
+        ModelError: the target has another norm than Llama's, or its weights are not where Llama's are.
+    """
+    import torch
+    from safetensors import safe_open
+
+    config, name = _config(target), "model.norm.weight"
+    if config.model_type not in {"llama", "mistral", "qwen2", "qwen3"}:
+        raise ModelError(f"{target.path}: {config.model_type} may have another norm than Llama's before its head")
+    for file in sorted(target.path.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            if name in tensors.keys():  # noqa: SIM118  # it is no mapping
+                weight_H, eps = tensors.get_tensor(name).float(), config.rms_norm_eps
+                return lambda states: torch.rms_norm(states.float(), weight_H.shape, weight_H, eps).to(states.dtype)
+    raise ModelError(f"{target.path}: no safetensors file holds {name}")
 
 
 def capture(spec: Spec, target: Model, at: Sequence[int], out_dtype: str) -> Capture:
