@@ -15,7 +15,7 @@ import pytest
 import yaml
 from transformers import AutoTokenizer
 
-from batchgen import models, record, spec
+from batchgen import job, models, record, spec
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "examples/prompts/quickstart.parquet"
@@ -235,6 +235,19 @@ def test_what_a_job_notes_of_itself_holds_no_secret_and_is_not_trusted(tmp_path)
     damaged = batchgen("submit", job)
     assert (damaged.returncode, "not what batchgen notes of a job" in damaged.stderr) == (1, True), damaged.stderr
     assert "Traceback" not in damaged.stderr
+
+
+def test_what_may_be_secret_among_engine_options_is_not_noted():
+    options = {
+        "hf_token": "s3cr3t",
+        "tensor_parallel_size": 2,
+        "compilation_config": {"level": 3, 7: [{"api-key": "s3cr3t"}]},
+        "download_dir": "https://me:s3cr3t@host/x?sig=s3cr3t",
+    }
+    noted = job._masked(options)
+    assert "s3cr3t" not in json.dumps(noted)
+    assert (noted["tensor_parallel_size"], noted["compilation_config"]["level"]) == (2, 3)
+    assert noted["download_dir"] == "https://host/x?..."
 
 
 def test_other_columns_are_refused(tmp_path):
