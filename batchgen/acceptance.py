@@ -17,7 +17,7 @@ from batchgen import write
 from batchgen.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     import polars as pl
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 _LENGTHS = {"length": "completion_tokens", "prompt_length": "prompt_tokens"}
 _COUNTS = ("completion_tokens", "target_steps", "draft_steps", "draft_tokens", "accepted_tokens")
 _COLUMNS = ("row_id", "sample", "status", "prompt_tokens", *_COUNTS, "accepted_per_depth")
+# Enough rows to tell a drift by, and not a night's work.
+_PARTS_LOOKED_AT = 64
 # Of a normal distribution, 95 % lie within so many standard errors.
 CONFIDENCE = 1.96
 
@@ -93,7 +95,7 @@ def by(store: Store, output: str, columns: Sequence[str]) -> list[Group]:
     sums += [(a * a).sum().alias("aa"), (a * d).sum().alias("ad"), (d * d).sum().alias("dd")]
     keys = [_bucket(name).alias(f"by {name}") for name in columns] or [pl.lit("all").alias("by all")]
     partial = []
-    for frame in _frames(store, output, [*_COLUMNS, *asked]):
+    for frame in _frames(store, _parts(store, output), [*_COLUMNS, *asked]):
         deepest = int(frame["accepted_per_depth"].list.len().max() or 0)  # type: ignore[arg-type]
         depth = pl.col("accepted_per_depth").list
         depths = [depth.get(i, null_on_oob=True).cast(pl.Int64).sum().alias(f"depth {i:02d}") for i in range(deepest)]
@@ -116,22 +118,41 @@ def against(store: Store, output: str, other: Store, before: str) -> Drift:
     Raises:
         InputError: one of them has no parts, or has drafted nothing.
     """
+    mine, theirs = _drafts(store, _parts(store, output)), _drafts(other, _parts(other, before))
+    for frame, name in ((mine, output), (theirs, before)):
+        if not frame["draft_tokens"].sum():
+            raise InputError(f"{name}: nothing was drafted, so there is no acceptance to compare")
+    return _drift(mine, theirs)
+
+
+def since(store: Store, new: Collection[str], old: Collection[str]) -> Drift | None:
+    """How the acceptance in the parts `new`, URLs, differs from that in `old`; None where nothing can be compared.
+
+    Of many old parts some are read, which their hashes choose.
+    """
+    some = sorted(old, key=lambda url: url[-24:])[:_PARTS_LOOKED_AT]
+    if not new or not some:
+        return None
+    mine, theirs = _drafts(store, new), _drafts(store, some)
+    if not mine["draft_tokens"].sum() or not theirs["draft_tokens"].sum():
+        return None
+    return _drift(mine, theirs)
+
+
+def _drafts(store: Store, urls: Collection[str]) -> pl.DataFrame:
     import polars as pl
 
-    wanted = ["row_id", "sample", "status", "draft_tokens", "accepted_tokens"]
-    mine, theirs = (
-        pl.concat([frame.select("row_id", "sample", "draft_tokens", "accepted_tokens") for frame in frames])
-        for frames in (_frames(store, output, wanted), _frames(other, before, wanted))
-    )
+    wanted = ["row_id", "sample", "draft_tokens", "accepted_tokens"]
+    return pl.concat([frame.select(wanted) for frame in _frames(store, urls, [*wanted, "status"])])
+
+
+def _drift(mine: pl.DataFrame, theirs: pl.DataFrame) -> Drift:
     both = mine.join(theirs, on=["row_id", "sample"], suffix=" before")
     first, second = ("draft_tokens", "accepted_tokens"), ("draft_tokens before", "accepted_tokens before")
     if both[first[0]].sum() and both[second[0]].sum():
         now, now_off = _rate(both, *first)
         then, then_off = _rate(both, *second)
         return Drift(then, now, now - then, CONFIDENCE * _norm(now_off - then_off), both.height)
-    for frame, name in ((mine, output), (theirs, before)):
-        if not frame["draft_tokens"].sum():
-            raise InputError(f"{name}: nothing was drafted, so there is no acceptance to compare")
     now, now_off = _rate(mine, *first)
     then, then_off = _rate(theirs, *first)
     return Drift(then, now, now - then, CONFIDENCE * math.hypot(_norm(now_off), _norm(then_off)), 0)
@@ -181,14 +202,18 @@ def _bucket(name: str) -> pl.Expr:
     return pl.format("up to {}", upper)
 
 
-def _frames(store: Store, output: str, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
-    """The finished rows of each part."""
-    import polars as pl
-
+def _parts(store: Store, output: str) -> list[str]:
     found = write.parts(store, output)
     if not found:
         raise InputError(f"{output}: holds no finished part yet; submit the job first")
-    for url in sorted(found.values()):
+    return list(found.values())
+
+
+def _frames(store: Store, urls: Collection[str], columns: Sequence[str]) -> Iterator[pl.DataFrame]:
+    """The finished rows of each part."""
+    import polars as pl
+
+    for url in sorted(urls):
         with store.open(url) as stream:
             file = pq.ParquetFile(stream, page_checksum_verification=True)
             missing = [name for name in columns if name not in file.schema_arrow.names]

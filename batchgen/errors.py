@@ -68,7 +68,7 @@ class CorruptOutputError(BatchgenError):
 
 
 class AcceptanceError(BatchgenError):
-    """Acceptance stayed below `speculation.min_acceptance`, and the job file says to fail."""
+    """Acceptance is below `speculation.min_acceptance`, or down by more than `max_drift`, and the job says to fail."""
 
 
 class TooManyErrorsError(BatchgenError):

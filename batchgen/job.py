@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 
 from batchgen import (
+    acceptance,
     cluster,
     dedupe,
     engines,
@@ -34,6 +35,7 @@ from batchgen import (
 )
 from batchgen.attempt import Task
 from batchgen.errors import (
+    AcceptanceError,
     CorruptOutputError,
     DrainedError,
     ModelError,
@@ -357,6 +359,8 @@ def _run(job: Job, lease: Lease, *, draining: Callable[[], bool], watch: Callabl
         report.save(job.sink, job.output, summary, job.facts | run)
     if summary.problems:
         raise ReconciliationError(f"{job.output}: " + "; ".join(summary.problems))
+    if tally is not None and spec.speculation.max_drift is not None:
+        _gate_drift(job, spec.speculation.max_drift)
     return Outcome(summary, tally, job.output, _retries(job, lease, tally))
 
 
@@ -369,6 +373,23 @@ def _mark_duplicates(job: Job, lease: Lease, draining: Callable[[], bool]) -> No
     output = job.sink.spelled(job.output)
     found = dedupe.mark(job.source, job.sink, output, job.plan.files, job.columns, job.sampling, check=check)
     log.info("%s of %s rows ask what an earlier one asks", f"{found:,}", f"{job.plan.num_rows:,}")
+
+
+def _gate_drift(job: Job, most: float) -> None:
+    """Compare what this run has added with the parts that stood when it began.
+
+    Raises:
+        AcceptanceError: acceptance surely fell by more than `most`; the rows stand.
+    """
+    old = set(job.parts.values())
+    drift = acceptance.since(job.sink, set(write.parts(job.sink, job.output).values()) - old, old)
+    if drift is None:
+        return
+    found = f"acceptance rate {drift.now:.3f} in this run, {drift.before:.3f} before: {drift.change:+.3f}"
+    found += f" ± {drift.error:.3f}"
+    if drift.fell_by_more_than(most):
+        raise AcceptanceError(f"{found}, below speculation.max_drift {most}; all rows are finished")
+    log.info("%s", found)
 
 
 def _retries(job: Job, lease: Lease, tally: Tally | None) -> int:

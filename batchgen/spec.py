@@ -160,6 +160,12 @@ class SpeculationSpec(_Part):
     below_min: Literal["warn", "disable", "fail"] = Field(
         default="warn", description="What to do below min_acceptance: go on, stop drafting or stop the job."
     )
+    max_drift: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="By how much acceptance in a run's new parts may surely be below that in the parts before; exit 1.",
+    )
 
 
 class SamplingSpec(_Part):
@@ -282,6 +288,9 @@ _IMPOSSIBLE: _Rules = {
     ),
     "speculation.min_acceptance: nothing is drafted with speculation.tree: off; leave one of them out": (
         lambda v: v["speculation.min_acceptance"] is not None and v["speculation.tree"] == "off"
+    ),
+    "speculation.max_drift: nothing is drafted without a draft head, or with tree: off; leave it out": (
+        lambda v: v["speculation.max_drift"] is not None and (not _drafts(v) or v["speculation.tree"] == "off")
     ),
     "speculation.below_min: has no effect without speculation.min_acceptance": (
         lambda v: v["speculation.below_min"] != "warn" and v["speculation.min_acceptance"] is None

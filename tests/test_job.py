@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -12,7 +13,9 @@ import polars as pl
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from batchgen import job, models, record, spec
@@ -381,6 +384,29 @@ def test_the_acceptance_gate_does_what_the_job_file_says(tmp_path, action, code)
     if action == "disable":
         table = pl.read_parquet(tmp_path / "out/*.parquet")
         assert table.filter(pl.col("draft_steps") < pl.col("target_steps")).height > 0
+
+
+def test_a_night_on_which_the_head_got_worse_fails_with_all_its_rows_there(tmp_path):
+    table = prompts(tmp_path, 12)
+    (tmp_path / "in").mkdir()
+    table.head(6).write_parquet(tmp_path / "in/a.parquet")
+    worse = tmp_path / "head"
+    shutil.copytree(ROOT / "examples/smollm2", worse)
+    weights = load_file(worse / "model.safetensors")
+    save_file(weights | {"fc.weight": torch.zeros_like(weights["fc.weight"])}, worse / "model.safetensors")
+    changes = {
+        "input": {"path": str(tmp_path / "in"), "messages": "messages", "id": "id"},
+        "speculation": {"tree": {"depth": 2}, "max_drift": 0.05},
+        "sampling": {"max_tokens": 24},
+    }
+    job = job_file(tmp_path, **changes)
+    assert batchgen("submit", job).returncode == 0
+    table.tail(6).write_parquet(tmp_path / "in/b.parquet")
+    night = batchgen("submit", job, "--set", f"model.draft={worse}")
+    assert night.returncode == 1
+    assert "below speculation.max_drift 0.05" in night.stderr
+    assert pl.read_parquet(tmp_path / "out/*.parquet").height == 12
+    assert batchgen("submit", job).returncode == 0, "there is nothing to do"
 
 
 def test_a_job_on_a_bucket_is_the_same_job(gcs_folder, tmp_path):
