@@ -311,6 +311,8 @@ class Store:
 
         def fetch(limit: dict[str, float]) -> bytes:
             data = cast("bytes", self.fs.cat_file(path, start=start, end=end, **pin, **limit))
+            if len(data) == entry.size_bytes:  # a web server that does not know ranges
+                data = data[start:end]
             if len(data) != end - start:
                 raise OSError(errno.EIO, f"{len(data)} bytes instead of {end - start}")
             return data

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import functools
+import http.server
 import io
 import os
 import subprocess
@@ -314,6 +316,31 @@ def test_files_on_disk_have_the_permissions_of_the_users_umask(tmp_path: Path) -
     (tmp_path / "plain").write_bytes(b"")
     connect(str(tmp_path)).create(f"{tmp_path}/x", b"")
     assert (tmp_path / "x").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_web_server_is_read_from_even_if_it_knows_no_ranges(tmp_path: Path) -> None:
+    table = pa.table({"x": range(5000)})
+    pq.write_table(table, tmp_path / "x.parquet", row_group_size=1000)
+    handler = functools.partial(_Quiet, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_port}/x.parquet"
+        store = connect(url)
+        entry = store.info(url)
+        assert store.glob(url) == {url: entry}
+        with store.open(url, version=entry.version) as file:
+            assert pq.ParquetFile(file).read().equals(table)
+        os.utime(tmp_path / "x.parquet", (0, 0))
+        with pytest.raises(InputError, match="changed since it was planned"), store.open(url, version=entry.version):
+            pass
+        server.shutdown()
+        thread.join()
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
 
 
 def test_mistakes_are_named(gcs: str, tmp_path: Path) -> None:
