@@ -18,6 +18,7 @@ from pyarrow import types
 
 from batchgen import dedupe, job, read
 from batchgen.errors import DrainedError, OutputConflictError
+from batchgen.screen import Screen
 from batchgen.store import STATE_FOLDER, connect
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def _done(sink: Store, folder: str, found: Job) -> dict[str, dict[str, Any]]:
 
 def _screened(found: Job, sink: Store, folder: str, shard: Shard) -> dict[str, Any]:
     """Store the shard's rows that pass."""
-    screen = type(found.kit.screen).of(found.spec.screen)
+    screen = Screen.of(found.spec.screen)  # its own, for its counts
     source: Iterable[Row] = read.rows(found.source, shard, found.columns, found.sampling)
     if found.spec.screen.dedupe == "exact":
         source = dedupe.judged(source, dedupe.repetitions(sink, folder, shard, found.columns))

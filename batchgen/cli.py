@@ -118,9 +118,9 @@ def submit(spec: str, overrides: tuple[str, ...], mix: bool, retry_failed: bool,
 def plan(spec: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Show what a submit would do, without an engine: files, rows, shards, prompt lengths, size and time."""
     loaded = _load(spec, overrides)
-    from batchgen import job, terminal
+    from batchgen import survey, terminal
 
-    found = job.survey(loaded)
+    found = survey.survey(loaded)
     click.echo(terminal.as_json(found) if as_json else terminal.survey(found))
 
 

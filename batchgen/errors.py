@@ -46,7 +46,11 @@ class InputError(BatchgenError):
 
 
 class InputChangedError(InputError):
-    """An input file is not the one that was planned; rows that were read of it are of no use."""
+    """The input file `url` is not the one that was planned; rows that were read of it are of no use."""
+
+    def __init__(self, message: str, url: str = "") -> None:
+        super().__init__(message)
+        self.url = url
 
 
 class ModelError(BatchgenError):

@@ -367,8 +367,9 @@ def _file_for_each(
             held_out = apart.pop(key)
             number = counts[held_out]
             counts[held_out] += 1
-            ids, mask, hidden = tensors["token_ids"], tensors["loss_mask"].long(), tensors["hidden_states"]
-            heard, last = hidden[:, :-1].flatten(1), norm(hidden[:, -1])
+            # Copies: of a slice torch saves all that it is cut from.
+            ids, mask, hidden = tensors["token_ids"].clone(), tensors["loss_mask"].long(), tensors["hidden_states"]
+            heard, last = hidden[:, :-1].flatten(1).clone(), norm(hidden[:, -1])
             if export.form == "specforge-states":
                 first = number // _FILES_IN_A_FOLDER * _FILES_IN_A_FOLDER
                 file = f"rows_{first}-{first + _FILES_IN_A_FOLDER}/data_{number}.ckpt"

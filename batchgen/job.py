@@ -1,4 +1,4 @@
-"""The product's table of contents: submit, survey, status and collection of what dead runs left.
+"""The product's table of contents: submit, status and collection of what dead runs left.
 
     spec -> plan -> job -> cluster -> worker -> write -> report
 
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from batchgen.plan import Plan
-    from batchgen.record import Row, Shard
+    from batchgen.record import Shard
     from batchgen.report import Summary
     from batchgen.spec import Spec
     from batchgen.status import Status
@@ -64,7 +64,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("batchgen.job")
 
 JOB = f"{STATE_FOLDER}/job.json"
-SURVEY_ROWS = 512
 # So many are generated or refused before a job is said to be only failing.
 FIRST_ROWS = 100
 # A run shorter than this says more about warming up than about speed.
@@ -154,26 +153,6 @@ class Job:
         """Shards without a part, or with one whose failed rows are to be done again, in input order."""
         done = self.parts.keys() - self.again.keys()
         return [shard for shard in self.plan.shards if shard.key not in done]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Survey:
-    """What `submit` would do; sizes in bytes, estimates None where nothing was measured yet.
-
-    `prompt_tokens` are the token counts of the sampled rows that would be generated, `verdicts` counts the others by
-    reason.
-    """
-
-    files: int
-    rows: int
-    shards: int
-    shards_todo: int
-    rows_todo: int
-    sampled: int
-    prompt_tokens: list[int]
-    verdicts: dict[str, int]
-    output_bytes: int
-    estimate_s: float | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -272,41 +251,6 @@ def _with_weights(job: Job) -> Job:
     return found
 
 
-def survey(spec: Spec) -> Survey:
-    """What a submit would do: footers of all files, and the first rows of shards spread over what is left."""
-    job = prepare(spec, weights=False)
-    todo = job.todo
-    prompt_tokens: list[int] = []
-    verdicts: dict[str, int] = {}
-    sampled = 0
-    for row in _sample(job, todo):
-        sampled += 1
-        if row.verdict is not None:
-            reason = f"{row.verdict.status}: {row.verdict.error_type}"
-            verdicts[reason] = verdicts.get(reason, 0) + 1
-        else:
-            prompt_tokens.append(len(row.prompt_token_ids or ()))
-    rows_todo = sum(shard.num_rows for shard in todo)
-    cost = costs.load(_costs_folder(), _cost_key(job))
-    num_completions = rows_todo * job.sampling.n * (len(prompt_tokens) / sampled if sampled else 0)
-    per_row = cost.tokens_per_row if cost else job.sampling.max_tokens
-    mean_prompt = sum(prompt_tokens) / len(prompt_tokens) if prompt_tokens else 0
-    # Text and ids of prompt and completion, about 4 + 4 bytes a token before and 2.5 after compression.
-    output_bytes = int(num_completions * (2.5 * (mean_prompt + per_row) + 60))
-    return Survey(
-        files=len(job.plan.files),
-        rows=job.plan.num_rows,
-        shards=len(job.plan.shards),
-        shards_todo=len(todo),
-        rows_todo=rows_todo,
-        sampled=sampled,
-        prompt_tokens=prompt_tokens,
-        verdicts=verdicts,
-        output_bytes=output_bytes,
-        estimate_s=num_completions * cost.tokens_per_row / cost.tokens_per_s if cost else None,
-    )
-
-
 def collect(spec: Spec, *, remove: bool = True) -> list[str]:
     """URLs of what dead runs left and no submit will use; with `remove`, they are gone.
 
@@ -347,7 +291,7 @@ def _run(job: Job, lease: Lease, *, draining: Callable[[], bool], watch: Callabl
 
         if spec.screen.dedupe == "exact":
             _mark_duplicates(job, lease, draining)
-        task, costs = job.task(lease.epoch), _costs_folder()
+        task, costs = job.task(lease.epoch), costs_folder()
         tally = cluster.run(task, job.todo, job.kit, costs, draining=draining, watch=watched)
         _remember_cost(job, tally)
     lease.check()
@@ -407,17 +351,6 @@ def _only_failing(tally: Tally, allowed: float) -> None:
             f"{tally.error:,} of the first {done:,} rows failed, {count:,} of them with {reason}, and max_error_rate "
             f"is {allowed:g}; finished rows are journalled. Mend the cause, or raise max_error_rate to go on"
         )
-
-
-def _sample(job: Job, shards: list[Shard]) -> list[Row]:
-    """Up to SURVEY_ROWS rows as they would reach the engine, from up to 8 shards."""
-    chosen = shards[:: max(1, len(shards) // 8)][:8]
-    rows: list[Row] = []
-    for shard in chosen:
-        part = dataclasses.replace(shard, stop=min(shard.stop, shard.start + SURVEY_ROWS // len(chosen)))
-        source = read.rows(job.source, part, job.columns, job.sampling)
-        rows += job.kit.renderer.rows(job.kit.screen.rows(source))
-    return rows
 
 
 def _own_output(job: Job, *, mix: bool) -> None:
@@ -495,11 +428,13 @@ def _masked(options: Any) -> Any:
     return {name: "not stored" if secret.search(str(name)) else _masked(value) for name, value in options.items()}
 
 
-def _costs_folder() -> Path:
+def costs_folder() -> Path:
+    """Where what was measured on this machine is kept."""
     return Path(platformdirs.user_cache_dir("batchgen")) / "costs"
 
 
-def _cost_key(job: Job) -> str:
+def cost_key(job: Job) -> str:
+    """Names what a job costs on this machine."""
     names = ("machine", "target_identity", "draft_identity", "engine", "dtype", "version_batchgen")
     settings = (
         job.spec.workers.count,
@@ -515,7 +450,7 @@ def _remember_cost(job: Job, tally: Tally) -> None:
     if tally.ok >= MEASURED_ROWS and tally.tokens_per_s:
         cost = costs.Cost(tally.tokens_per_s, tally.completion_tokens / tally.ok, tally.ok)
         try:
-            costs.save(_costs_folder(), _cost_key(job), cost)
+            costs.save(costs_folder(), cost_key(job), cost)
         except OSError as error:  # a read-only home costs an estimate, not a job
             log.info("measured %.0f tokens/s, not kept for `batchgen plan`: %s", tally.tokens_per_s, error)
         else:

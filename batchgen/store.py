@@ -271,9 +271,8 @@ class Store:
 
         def still(now: Entry) -> None:
             if version not in {None, now.version}:
-                raise InputChangedError(
-                    f"{url}: changed since it was planned (version {version}, now {now.version}); plan again"
-                )
+                why = f"changed since it was planned (version {version}, now {now.version}); plan again"
+                raise InputChangedError(f"{url}: {why}", url)
 
         still(entry)
         with (

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from batchgen.clean import Cleaned
     from batchgen.export import Export
     from batchgen.features import Work
-    from batchgen.job import Job, Outcome, Survey
+    from batchgen.job import Job, Outcome
     from batchgen.status import Status
+    from batchgen.survey import Survey
     from batchgen.tally import Tally
 
 Log = Literal["auto", "progress", "plain", "json"]

@@ -118,7 +118,7 @@ class Worker:
         except BaseException as error:
             # Whatever else ends the run early, what is finished need not be done again.
             for attempt in self._open:
-                if isinstance(error, InputChangedError):
+                if isinstance(error, InputChangedError) and attempt.shard.file == error.url:
                     # Whose rows are of which bytes is not known, and the old bytes may be put back one day.
                     attempt.journal.remove()
                     continue

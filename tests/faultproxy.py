@@ -64,15 +64,8 @@ class FaultProxy:
         class Handler(_Handler):
             faulty = proxy
 
-        with _Server(("127.0.0.1", 0), Handler) as server:
-            self.url = f"http://127.0.0.1:{server.server_address[1]}"
-            thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-            thread.start()
-            try:
-                yield self
-            finally:
-                server.shutdown()
-                thread.join()
+        with serving(_Server(("127.0.0.1", 0), Handler)) as self.url:
+            yield self
 
     def lagged(self, path: str, answer: Answer) -> Answer:
         """The answer that the same listing gave `lag_s` ago, or at first."""
@@ -93,6 +86,19 @@ class FaultProxy:
                     fault.times -= 1
                     return fault
         return None
+
+
+@contextlib.contextmanager
+def serving(server: ThreadingHTTPServer) -> Iterator[str]:
+    """Where `server` answers, on a thread of its own."""
+    with server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 class _Server(ThreadingHTTPServer):

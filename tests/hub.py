@@ -7,9 +7,10 @@ import hashlib
 import http.server
 import json
 import re
-import threading
 import urllib.parse
 from typing import TYPE_CHECKING, Any
+
+from faultproxy import serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -35,15 +36,8 @@ class Hub:
         class Handler(_Handler):
             repositories = hub.repositories
 
-        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-            self.url = f"http://127.0.0.1:{server.server_port}"
-            thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-            thread.start()
-            try:
-                yield self
-            finally:
-                server.shutdown()
-                thread.join()
+        with serving(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as self.url:
+            yield self
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

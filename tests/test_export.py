@@ -305,6 +305,10 @@ torch.save([found[i] for i in range(len(found))], sys.argv[2])
     command = [sys.executable, "-W", "ignore", "-c", code, tmp_path / "to", tmp_path / "rows"]
     subprocess.run(command, check=True, capture_output=True)
     left = dict(hidden)
+    for file in (tmp_path / "to").rglob("*.pt"):
+        row = torch.load(file)
+        held = sum(each.numel() * each.element_size() for each in row.values() if isinstance(each, torch.Tensor))
+        assert held < file.stat().st_size < held + 4096, "a row, and not the file that it was cut from"
     for row in torch.load(tmp_path / "rows"):
         agrees(left, row["input_ids"], row["loss_mask"], row["aux_hidden_states"], row["base_model_hidden_states"])
         assert row["base_hidden_prenorm"] is False

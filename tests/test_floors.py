@@ -24,7 +24,7 @@ FLOORS = [
     {"actors"},
     {"cluster"},
     {"job"},
-    {"features", "clean"},
+    {"features", "clean", "survey"},
     {"export"},
     {"terminal"},
     {"cli"},

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from faultproxy import serving
 
 from batchgen import filesystems
 from batchgen.errors import InputError, StoreError
@@ -322,10 +323,8 @@ def test_a_web_server_is_read_from_even_if_it_knows_no_ranges(tmp_path: Path) ->
     table = pa.table({"x": range(5000)})
     pq.write_table(table, tmp_path / "x.parquet", row_group_size=1000)
     handler = functools.partial(_Quiet, directory=str(tmp_path))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        url = f"http://127.0.0.1:{server.server_port}/x.parquet"
+    with serving(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)) as at:
+        url = f"{at}/x.parquet"
         store = connect(url)
         entry = store.info(url)
         assert store.glob(url) == {url: entry}
@@ -334,8 +333,6 @@ def test_a_web_server_is_read_from_even_if_it_knows_no_ranges(tmp_path: Path) ->
         os.utime(tmp_path / "x.parquet", (0, 0))
         with pytest.raises(InputError, match="changed since it was planned"), store.open(url, version=entry.version):
             pass
-        server.shutdown()
-        thread.join()
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
