@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 _LENGTHS = {"length": "completion_tokens", "prompt_length": "prompt_tokens"}
 _COUNTS = ("completion_tokens", "target_steps", "draft_steps", "draft_tokens", "accepted_tokens")
 _COLUMNS = ("row_id", "sample", "status", "prompt_tokens", *_COUNTS, "accepted_per_depth")
+# Of rows that are conversations a list, of which one leaf tells the length.
+_ANSWERS, _LEAF = "answers", "answers.list.element.start"
 # Enough rows to tell a drift by, and not a night's work.
 _PARTS_LOOKED_AT = 64
 # Of a normal distribution, 95 % lie within so many standard errors.
@@ -89,6 +91,7 @@ def by(store: Store, output: str, columns: Sequence[str]) -> list[Group]:
     asked = [_LENGTHS.get(name, name) for name in columns]
     sums = [
         pl.len().alias("rows"),
+        pl.col(_ANSWERS).cast(pl.Int64).sum(),
         *(pl.col(name).cast(pl.Int64).sum() for name in _COUNTS),
     ]  # polars sums int32 in int32
     a, d = pl.col("accepted_tokens").cast(pl.Float64), pl.col("draft_tokens").cast(pl.Float64)
@@ -187,7 +190,7 @@ def _group(name: str, row: dict[str, Any], total: dict[str, Any]) -> Group:
         passes_share=steps / total["target_steps"] if total["target_steps"] else 0.0,
         rate=rate,
         error=error,
-        length=(row["completion_tokens"] - row["rows"]) / steps if steps else None,
+        length=(row["completion_tokens"] - row[_ANSWERS]) / steps if steps else None,
         by_depth=depths,
     )
 
@@ -210,7 +213,7 @@ def _parts(store: Store, output: str) -> list[str]:
 
 
 def _frames(store: Store, urls: Collection[str], columns: Sequence[str]) -> Iterator[pl.DataFrame]:
-    """The finished rows of each part."""
+    """The finished rows of each part, with the number of their answers."""
     import polars as pl
 
     for url in sorted(urls):
@@ -220,6 +223,7 @@ def _frames(store: Store, urls: Collection[str], columns: Sequence[str]) -> Iter
             if missing:
                 names = ", ".join([*_LENGTHS, *file.schema_arrow.names])
                 raise InputError(f"{url}: has no column {missing[0]}; there are {names}")
-            frame = pl.from_arrow(file.read(columns=list(dict.fromkeys(columns))))
+            frame = pl.from_arrow(file.read(columns=[*dict.fromkeys(columns), _LEAF]))
         assert isinstance(frame, pl.DataFrame)
-        yield frame.filter(pl.col("status") == "ok")
+        answers = pl.col(_ANSWERS).list.len() if _ANSWERS in frame.columns else pl.lit(1)
+        yield frame.filter(pl.col("status") == "ok").with_columns(answers.alias(_ANSWERS))

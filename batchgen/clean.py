@@ -18,11 +18,12 @@ from pyarrow import types
 
 from batchgen import dedupe, job, read
 from batchgen.errors import DrainedError, OutputConflictError
+from batchgen.record import Message
 from batchgen.screen import Screen
 from batchgen.store import STATE_FOLDER, connect
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from batchgen.job import Job
     from batchgen.record import Row, Shard
@@ -97,11 +98,12 @@ def _screened(found: Job, sink: Store, folder: str, shard: Shard) -> dict[str, A
     source: Iterable[Row] = read.rows(found.source, shard, found.columns, found.sampling)
     if found.spec.screen.dedupe == "exact":
         source = dedupe.judged(source, dedupe.repetitions(sink, folder, shard, found.columns))
-    said: dict[int, Any] = {}
+    said: dict[int, list[Message]] = {}
 
     def noted() -> Iterator[Row]:
         for row in screen.rows(source):
-            said[row.index] = row.messages  # the renderer adds what the template would
+            # The renderer adds what the template would.
+            said[row.index] = [*(row.messages or ()), *(Message(role="user", content=text) for text in row.ahead)]
             yield row
 
     refused: collections.Counter[str] = collections.Counter()
@@ -122,17 +124,29 @@ def _screened(found: Job, sink: Store, folder: str, shard: Shard) -> dict[str, A
     return facts
 
 
-def _told(table: pa.Table, conversations: list[Any], columns: read.Columns) -> pa.Table:
-    """The table with these conversations in place of its own."""
+def _told(table: pa.Table, conversations: Sequence[Sequence[Message]], columns: read.Columns) -> pa.Table:
+    """The table with these conversations in place of its own; of turns, without the answers that were left out."""
     if columns.messages is not None:
-        at = table.schema.get_field_index(columns.messages)
-        type_ = table.schema.field(at).type
-        as_text = types.is_string(type_) or types.is_large_string(type_)
-        values = [json.dumps(one, ensure_ascii=False) for one in conversations] if as_text else conversations
-        return table.set_column(at, table.schema.field(at), pa.array(values, type_))
+        return _with_lists(table, columns.messages, conversations)
+    if columns.turns is not None:
+        type_ = table.schema.field(columns.turns).type
+        chats = types.is_nested(type_) and types.is_struct(type_.value_type)
+        texts = [[one["content"] for one in told if one["role"] == "user"] for told in conversations]
+        # As JSON text a list of texts and one of messages are both read.
+        kept = any(one["role"] == "system" for told in conversations for one in told) and columns.system is None
+        table = _with_lists(table, columns.turns, conversations if chats or kept else texts)
     for name, role in ((columns.system, "system"), (columns.prompt, "user")):
         if name is not None:
             at = table.schema.get_field_index(name)
-            texts = [next((m["content"] for m in one if m["role"] == role), None) for one in conversations]
-            table = table.set_column(at, table.schema.field(at), pa.array(texts, table.schema.field(at).type))
+            contents = [next((m["content"] for m in one if m["role"] == role), None) for one in conversations]
+            table = table.set_column(at, table.schema.field(at), pa.array(contents, table.schema.field(at).type))
     return table
+
+
+def _with_lists(table: pa.Table, name: str, values: Sequence[Any]) -> pa.Table:
+    """The table with these lists in a column, or their JSON where it holds text."""
+    at = table.schema.get_field_index(name)
+    field = table.schema.field(at)
+    if not types.is_nested(field.type):
+        values = [json.dumps(value, ensure_ascii=False) for value in values]
+    return table.set_column(at, field, pa.array(values, field.type))

@@ -106,7 +106,8 @@ def _url(output: str, name: str) -> str:
 
 def _key(file: str, version: str, columns: Columns) -> str:
     """Names what is kept of one version of a file, read by these columns."""
-    which = (columns.messages, columns.prompt, columns.system, columns.id, sorted(columns.sampling.items()))
+    names = (columns.messages, columns.prompt, columns.turns, columns.system, columns.id)
+    which = (names, sorted(columns.sampling.items()))
     return hashlib.sha256(json.dumps((file, version, which)).encode()).hexdigest()[:16]
 
 
@@ -143,7 +144,7 @@ def _hashes(source: Store, file: File, columns: Columns, sampling: Sampling, che
 def _hash(row: Row) -> bytes:
     assert row.messages is not None
     asked = [[message["role"], message["content"]] for message in row.messages]
-    text = json.dumps([asked, dataclasses.astuple(row.sampling)])
+    text = json.dumps([asked, *row.ahead, dataclasses.astuple(row.sampling)])
     return hashlib.blake2b(text.encode(), digest_size=_HASH_BYTES).digest()
 
 

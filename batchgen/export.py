@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchgen import engines, features, models, write
+from batchgen import engines, features, models, record, write
 from batchgen.errors import InputError, OutputConflictError
 from batchgen.store import STATE_FOLDER, connect
 
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 MANIFEST = "export.json"
 _SPECULATORS_STATES = "speculators-states"
-_IDS = ("prompt_token_ids", "completion_token_ids")
 
 
 @dataclasses.dataclass(slots=True)
@@ -96,8 +95,9 @@ def run(spec: Spec, form: str, to: str, chosen: Selection, *, states: str | None
         for url in parts:
             frame = _chosen(source, url, condition, below)
             if form not in _BY_IDS:
-                export.left_out.update(_unfit(frame))
-                frame = frame.filter(_fit())
+                left_out = _unfit(frame)
+                export.left_out.update(left_out.drop_nulls().to_list())
+                frame = frame.filter(left_out.is_null())
             if not frame.is_empty():
                 yield url.rsplit("/", 1)[-1].removesuffix(".parquet"), frame
 
@@ -148,8 +148,8 @@ def _condition(source: Store, url: str, where: str | None) -> pl.Expr | None:
 
     with source.open(url) as stream:
         schema = pq.ParquetFile(stream).schema_arrow
-    if _IDS[0] not in schema.names:
-        raise InputError(f"{url}: has no column {_IDS[0]}; exports need output.token_ids: true")
+    if "prompt_token_ids" not in schema.names:
+        raise InputError(f"{url}: has no column prompt_token_ids; exports need output.token_ids: true")
     if where is None:
         return None
     try:
@@ -198,17 +198,18 @@ def _held_out(row_id: str, chosen: Selection) -> bool:
     return _draw("hold out", row_id) < chosen.hold_out
 
 
-def _fit() -> pl.Expr:
+def _unfit(frame: pl.DataFrame) -> pl.Series:
+    """For each row why its text is not what the target wrote, null where it is."""
     import polars as pl
 
-    return (pl.col("finish_reason") == "stop") & ~pl.col("completion").str.contains(r"</?think>")
-
-
-def _unfit(frame: pl.DataFrame) -> dict[str, int]:
-    import polars as pl
-
-    cut_off = frame.filter(pl.col("finish_reason") != "stop").height
-    return {"cut off by length": cut_off, "with <think> markers": frame.filter(~_fit()).height - cut_off}
+    cut_off, thoughts = pl.col("finish_reason") != "stop", pl.col("completion").str.contains(_THOUGHTS)
+    if "answers" in frame.columns:
+        cut_off |= pl.col("answers").list.eval(pl.element().struct.field("finish_reason") != "stop").list.any()
+        role, content = (pl.element().struct.field(name) for name in ("role", "content"))
+        own = (role == "assistant") & content.str.contains(_THOUGHTS)
+        thoughts |= pl.col("messages").list.eval(own).list.any()
+    why = pl.when(cut_off).then(pl.lit("cut off by length")).when(thoughts).then(pl.lit("with <think> markers"))
+    return frame.select(why.otherwise(None).alias("why"))["why"]
 
 
 def _rows(sink: Store, export: Export, tables: Iterator[tuple[str, pl.DataFrame]], chosen: Selection) -> None:
@@ -229,13 +230,8 @@ def _rows(sink: Store, export: Export, tables: Iterator[tuple[str, pl.DataFrame]
             export.files.append(file)
 
 
-def _ids_and_mask(row: dict[str, Any]) -> tuple[list[int], list[int]]:
-    prompt, completion = (row[name] for name in _IDS)
-    return [*prompt, *completion], [0] * len(prompt) + [1] * len(completion)
-
-
 def _speculators(row: dict[str, Any]) -> dict[str, Any]:
-    ids, mask = _ids_and_mask(row)
+    ids, mask = record.ids_and_mask(row)
     about = {"finish_reason": row["finish_reason"], "acceptance_rate": row["acceptance_rate"]}
     name = f"{row['row_id']}_gen{row['sample']}"
     return {"id": name, "primary_id": row["row_id"], "input_ids": ids, "loss_mask": mask, "metadata": about}
@@ -289,6 +285,7 @@ _FORMS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str, Callabl
 }
 _STATES = (_SPECULATORS_STATES, "specforge-states", "modelopt-states")
 _BY_IDS = ("speculators", *_STATES)
+_THOUGHTS = r"</?think>"
 # SpecForge wants so many files in a folder.
 _FILES_IN_A_FOLDER = 2000
 

@@ -7,7 +7,7 @@ so that a part that was replaced is read again; what was captured of the one bef
 A file is safetensors, rows one after the other, S tokens in all of N rows:
 
     hidden_states [S, L, H]   the residual stream after each of L decoder layers, of 0 the embedding, before any norm
-    token_ids [S] int64       prompt and completion
+    token_ids [S] int64       prompt and completion, of a conversation all of its turns
     loss_mask [S] uint8       1 where the target itself wrote the token
     lengths [N] int64         tokens of each row
 
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchgen import engines, models, write
+from batchgen import engines, models, record, write
 from batchgen.errors import DrainedError, InputError, OutputConflictError
 from batchgen.job import JOB
 from batchgen.store import STATE_FOLDER, connect
@@ -40,6 +40,8 @@ log = logging.getLogger("batchgen.features")
 
 FILE_BYTES = 256 << 20
 _COLUMNS = ["row_id", "sample", "status", "prompt_token_ids", "completion_token_ids"]
+# Of rows that are conversations.
+_IF_THERE = ["answers.list.element.start", "answers.list.element.stop"]
 _MANIFEST = "features.json"
 # Rows that a capture gets at a time: what is not yet stored is lost in a crash, and kept in memory until then.
 _ROWS = 64
@@ -221,14 +223,14 @@ def _lengths(store: Store, url: str) -> tuple[list[int], str]:
 
 def _captured(capture: Capture, store: Store, file: File, layers: Sequence[int], draining: Callable[[], bool]) -> bytes:
     with store.open(file.part) as stream:
-        table = pq.ParquetFile(stream, page_checksum_verification=True).read(columns=_COLUMNS)
+        table = pq.ParquetFile(stream, page_checksum_verification=True).read(columns=[*_COLUMNS, *_IF_THERE])
     table = table.filter(pa.compute.equal(table["status"], "ok")).slice(file.start, file.stop - file.start)
     rows = table.to_pylist()
     for row in rows:
-        row["ids"] = [*row["prompt_token_ids"], *row["completion_token_ids"]]
+        row["ids"], row["mask"] = record.ids_and_mask(row)
         if len(row["ids"]) > capture.max_tokens:  # vLLM draws a token more, which its context must hold
             log.info("%s: the last token of row %s is left out", file.part, row["row_id"])
-            row["ids"] = row["ids"][: capture.max_tokens]
+            row["ids"], row["mask"] = row["ids"][: capture.max_tokens], row["mask"][: capture.max_tokens]
     states = []
     for first in range(0, len(rows), _ROWS):
         some = rows[first : first + _ROWS]
@@ -243,11 +245,10 @@ def _encode(rows: Sequence[dict[str, Any]], states: Sequence[Any], layers: Seque
     from safetensors.torch import save
 
     ids = [row["ids"] for row in rows]
-    mask = [[int(at >= len(row["prompt_token_ids"])) for at in range(len(row["ids"]))] for row in rows]
     tensors = {
         "hidden_states": torch.cat(list(states)),
         "token_ids": torch.tensor([token for row in ids for token in row], dtype=torch.int64),
-        "loss_mask": torch.tensor([each for row in mask for each in row], dtype=torch.uint8),
+        "loss_mask": torch.tensor([each for row in rows for each in row["mask"]], dtype=torch.uint8),
         "lengths": torch.tensor([len(row) for row in ids], dtype=torch.int64),
     }
     named = {"row_ids": [row["row_id"] for row in rows], "samples": [row["sample"] for row in rows]}

@@ -96,7 +96,9 @@ class Job:
     @functools.cached_property
     def schema(self) -> pa.Schema:
         """Of parts and journal segments."""
-        return record.output_schema(self.kept, token_ids=self.spec.output.token_ids)
+        return record.output_schema(
+            self.kept, token_ids=self.spec.output.token_ids, answers=self.columns.turns is not None
+        )
 
     @functools.cached_property
     def facts(self) -> dict[str, str]:
@@ -188,6 +190,7 @@ def prepare(spec: Spec, *, weights: bool = True) -> Job:
     columns = read.Columns(
         messages=spec.input.messages,
         prompt=spec.input.prompt,
+        turns=spec.input.turns,
         system=spec.input.system,
         id=spec.input.id,
         keep=spec.input.keep,

@@ -77,7 +77,7 @@ def fingerprint(spec: Spec, *, target: str, template: str, dtype: str) -> str:
 
     `target` is the model's identity, `template` the hash of chat template and tokenizer, `dtype` the resolved one.
     """
-    columns = spec.input.model_dump(mode="json", include={"messages", "prompt", "system", "id", "sampling"})
+    columns = spec.input.model_dump(mode="json", include={"messages", "prompt", "turns", "system", "id", "sampling"})
     facts: Mapping[str, object] = {
         "target": target,
         "template": template,

@@ -42,18 +42,19 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Columns:
-    """Which column holds what; either `messages` or `prompt` is set, `system` only with `prompt`.
+    """Which column holds what; one of `messages`, `prompt` and `turns` is set, `system` only with the last two.
 
     `sampling` maps a field of `record.Sampling` to the column that overrides it where it is not null. `root` is what
     default ids leave out of a file's URL (`plan.root`), so that `dt=1/a.parquet` and `dt=2/a.parquet` differ.
     """
 
-    messages: str | None
-    prompt: str | None
-    system: str | None
-    id: str | None
-    keep: tuple[str, ...]
-    sampling: Mapping[SamplingColumn, str]
+    messages: str | None = None
+    prompt: str | None = None
+    turns: str | None = None
+    system: str | None = None
+    id: str | None = None
+    keep: tuple[str, ...] = ()
+    sampling: Mapping[SamplingColumn, str] = dataclasses.field(default_factory=dict)
     root: str = ""
 
 
@@ -117,7 +118,7 @@ def rows(store: Store, shard: Shard, columns: Columns, sampling: Sampling) -> It
             row.row_id += "+"
         taken.add(row.row_id)
         try:
-            row.messages = _messages(values, columns)
+            row.messages, row.ahead = _messages(values, columns)
             row.sampling = _sampling(values, columns, sampling)
         except _Unusable as unusable:
             problems.append(unusable.args)
@@ -189,13 +190,14 @@ def _batches(file: pq.ParquetFile, shard: Shard, leaves: list[str] | None) -> It
 def _leaves(file: pq.ParquetFile, columns: Columns) -> list[str]:
     """Parquet paths to read: of messages only role and content, since tool calls and images can outweigh the text."""
     names = dict.fromkeys(need[0] for need in _needs(columns))
-    if columns.messages is None or columns.messages in columns.keep:
+    chats = columns.messages or columns.turns
+    if chats is None or chats in columns.keep:
         return list(names)
-    del names[columns.messages]
+    del names[chats]
     paths = [file.schema.column(i).path for i in range(len(file.schema))]
-    inner = [path for path in paths if path.startswith(f"{columns.messages}.")]
+    inner = [path for path in paths if path.startswith(f"{chats}.")]
     inner = [path for path in inner if path.rpartition(".")[2] in ("role", "content")]
-    return [*names, *(inner or [columns.messages])]
+    return [*names, *(inner or [chats])]
 
 
 def _values(column: pa.Array) -> tuple[list[Any], set[int]]:
@@ -230,19 +232,41 @@ def _row_id(values: Mapping[str, Any], columns: Columns, taken: set[str]) -> str
     return str(value)
 
 
-def _messages(values: Mapping[str, Any], columns: Columns) -> list[Message]:
+def _messages(values: Mapping[str, Any], columns: Columns) -> tuple[list[Message], tuple[str, ...]]:
+    """What is to be answered first, and the user's turns after that."""
     if columns.messages is not None:
-        return _conversation(columns.messages, values[columns.messages])
-    assert columns.prompt is not None, "the job file names messages or prompt"
-    if values[columns.prompt] is None:
-        raise _Unusable("null_prompt", f"column {columns.prompt!r} is null")
+        return _conversation(_list(columns.messages, values[columns.messages])), ()
     system = None if columns.system is None else values[columns.system]
     head: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-    return [*head, {"role": "user", "content": values[columns.prompt]}]
+    if columns.turns is not None:
+        told = _told(columns.turns, _list(columns.turns, values[columns.turns]))
+        if head and told and told[0]["role"] == "system":
+            raise _Unusable(
+                "bad_role_order", f"columns {columns.turns!r} and {columns.system!r} both hold a system message"
+            )
+        told = [*head, *told]
+        first = 1 + next((i for i, message in enumerate(told) if message["role"] == "user"), len(told))
+        return told[:first], tuple(message["content"] for message in told[first:])
+    assert columns.prompt is not None, "the job file names messages, prompt or turns"
+    if values[columns.prompt] is None:
+        raise _Unusable("null_prompt", f"column {columns.prompt!r} is null")
+    return [*head, {"role": "user", "content": values[columns.prompt]}], ()
 
 
-def _conversation(column: str, value: Any) -> list[Message]:
-    """Messages from a list of structs, or from a JSON text that holds such a list."""
+def _told(column: str, turns: list[Any]) -> list[Message]:
+    """A system message, if there is one, and the user's: given as texts, or among others' answers, which go."""
+    if not any(isinstance(turn, dict) for turn in turns):
+        turns = [None if turn is None else {"role": "user", "content": turn} for turn in turns]
+    messages = _conversation(turns)
+    for i, message in enumerate(messages):
+        if message["role"] not in ("user", "assistant") and (message["role"] != "system" or i):
+            found = ascii(message["role"])[:100]
+            raise _Unusable("bad_role", f"column {column!r}: turn {i} is of role {found}, expected user or assistant")
+    return [message for message in messages if message["role"] != "assistant"]
+
+
+def _list(column: str, value: Any) -> list[Any]:
+    """A list, or the one that a JSON text holds."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -252,6 +276,10 @@ def _conversation(column: str, value: Any) -> list[Message]:
         raise _Unusable("null_messages", f"column {column!r} is null")
     if not isinstance(value, list):
         raise _Unusable("bad_messages", f"column {column!r} is {_kind(value)}, expected a list of messages")
+    return value
+
+
+def _conversation(value: list[Any]) -> list[Message]:
     messages: list[Message] = []
     for i, message in enumerate(value):
         if message is None:
@@ -326,6 +354,10 @@ def _is_message(type_: pa.DataType) -> bool:
     return all(name in parts and _is_text(parts[name]) for name in ("role", "content"))
 
 
+def _are_turns(type_: pa.DataType) -> bool:
+    return _is_list(type_, lambda of: _is_text(of) or _is_message(of)) or _is_text(type_)
+
+
 def _is_number(type_: pa.DataType) -> bool:
     kinds = (types.is_integer, types.is_floating, types.is_decimal, types.is_null)
     return any(kind(type_) for kind in kinds)
@@ -352,6 +384,9 @@ def _needs(columns: Columns) -> Iterator[tuple[str, str, Callable[[pa.DataType],
         yield columns.messages, "input.messages", lambda t: _is_list(t, _is_message) or _is_text(t), expected
     if columns.prompt is not None:
         yield columns.prompt, "input.prompt", _is_text, "string"
+    if columns.turns is not None:
+        expected = "list<string>, list<struct<role: string, content: string>>, or string with such a list as JSON"
+        yield columns.turns, "input.turns", _are_turns, expected
     if columns.system is not None:
         yield columns.system, "input.system", lambda t: _is_text(t) or bool(types.is_null(t)), "string"
     if columns.id is not None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from batchgen.errors import SpecError
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
+    from collections.abc import Hashable, Mapping
 
     import pyarrow as pa
 
@@ -108,7 +109,8 @@ class Verdict:
 class Row:
     """One input row on its way; a row with a `verdict` passes every later step untouched.
 
-    `index` is the 0-based row number in its file. `read` fills the first block, `render` the second.
+    `index` is the 0-based row number in its file. `read` fills the first block, `render` the second. Of a conversation
+    that is given as user turns, `ahead` are those that follow when `messages` is answered, `answers` what was answered.
     """
 
     row_id: str
@@ -116,17 +118,19 @@ class Row:
     sampling: Sampling
     kept: dict[str, Any] = dataclasses.field(default_factory=dict)
     messages: list[Message] | None = None
+    ahead: tuple[str, ...] = ()
     verdict: Verdict | None = None
 
     prompt_token_ids: list[int] | None = None
+    answers: tuple[Answer, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Request:
     """One sample to generate, as engines see it.
 
-    `key` is the caller's own and unique among an engine's unfinished requests; the sampling noise is keyed by
-    (`sampling.seed`, `row_id`, `sample`, output position) and by nothing else.
+    `key` is the caller's own and unique among an engine's unfinished requests; the sampling noise is keyed by `noise`
+    and the output position, and by nothing else. `turn` counts the answers before this one in its conversation.
     """
 
     key: Hashable
@@ -134,6 +138,13 @@ class Request:
     sample: int
     prompt_token_ids: list[int]
     sampling: Sampling
+    turn: int = 0
+
+    @property
+    def noise(self) -> str:
+        """Seed, row, sample and turn."""
+        turn = (self.turn,) if self.turn else ()
+        return "\0".join(map(str, (self.sampling.seed, self.row_id, self.sample, *turn)))
 
 
 @dataclasses.dataclass(slots=True)
@@ -178,9 +189,19 @@ class Completion:
     error: str | None = None
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Answer:
+    """A turn of a conversation that was answered: tokens `start` <= i < `stop` of the row's are the target's own."""
+
+    start: int
+    stop: int
+    completion: Completion
+
+
 _KEY = (("row_id", "string"), ("sample", "int32"))
 _TEXT = (("messages", "messages"), ("completion", "string"), ("finish_reason", "string"))
 _TOKEN_IDS = (("prompt_token_ids", "list<int32>"), ("completion_token_ids", "list<int32>"))
+_ANSWERS = (("answers", "answers"),)
 _FACTS = (
     ("status", "string"),
     ("error_type", "string"),
@@ -202,11 +223,15 @@ _FACTS = (
     ("worker", "string"),
     ("shard", "string"),
 )
-RESERVED_COLUMNS = frozenset(name for name, _ in _KEY + _TEXT + _TOKEN_IDS + _FACTS)
+RESERVED_COLUMNS = frozenset(name for name, _ in _KEY + _TEXT + _TOKEN_IDS + _ANSWERS + _FACTS)
 
 
-def output_schema(kept: list[pa.Field], *, token_ids: bool = True) -> pa.Schema:
+def output_schema(kept: list[pa.Field], *, token_ids: bool = True, answers: bool = False) -> pa.Schema:
     """The schema of every part and journal segment, kept input columns after the key.
+
+    With `answers` a row is a conversation: `prompt_token_ids`, `completion` and `completion_token_ids` are of its last
+    turn, `prompt_token_ids` holding all before, and `answers` says where each answer is in both together. Counts and
+    times are sums over all: `completion_tokens` are what the target wrote, `prompt_tokens` all others.
 
     Raises:
         SpecError: a kept column has the name of an output column.
@@ -224,7 +249,10 @@ def output_schema(kept: list[pa.Field], *, token_ids: bool = True) -> pa.Schema:
         "list<int32>": pa.list_(pa.int32()),
         "messages": pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])),
     }
-    columns = _TEXT + (_TOKEN_IDS if token_ids else ()) + _FACTS
+    counts = ("start", "stop", "target_steps", "draft_steps", "draft_tokens", "accepted_tokens")
+    answer = [("finish_reason", pa.string()), *((name, pa.int32()) for name in counts)]
+    types["answers"] = pa.list_(pa.struct(answer))
+    columns = _TEXT + (_TOKEN_IDS if token_ids else ()) + (_ANSWERS if answers else ()) + _FACTS
     fields = [pa.field(name, types[of]) for name, of in _KEY]
     fields += [field.with_nullable(True) for field in kept]
     fields += [pa.field(name, types[of]) for name, of in columns]
@@ -232,9 +260,13 @@ def output_schema(kept: list[pa.Field], *, token_ids: bool = True) -> pa.Schema:
 
 
 def finished(row: Row, completion: Completion, *, engine: str, worker: str, shard: str) -> dict[str, Any]:
-    """The output row of one generated sample, keys as in `output_schema`."""
-    acceptance, drafted = completion.acceptance, completion.acceptance.draft_tokens
-    num_tokens, failed = len(completion.token_ids), completion.finish_reason == "error"
+    """The output row of one sample whose last turn is generated, keys as in `output_schema`."""
+    start, failed = len(row.prompt_token_ids or ()), completion.finish_reason == "error"
+    answers = [*row.answers, Answer(start, start + len(completion.token_ids), completion)]
+    done = [answer.completion for answer in answers]
+    acceptance = _sum([each.acceptance for each in done])
+    drafted, num_tokens = acceptance.draft_tokens, sum(answer.stop - answer.start for answer in answers)
+    passes = sum(len(each.token_ids) for each in done) - len(done)
     return row.kept | {
         "row_id": row.row_id,
         "sample": completion.sample,
@@ -243,26 +275,59 @@ def finished(row: Row, completion: Completion, *, engine: str, worker: str, shar
         "finish_reason": completion.finish_reason,
         "prompt_token_ids": row.prompt_token_ids,
         "completion_token_ids": completion.token_ids,
+        "answers": [_facts(answer) for answer in answers],
         "status": "error" if failed else "ok",
         "error_type": completion.error_type,
         "error": completion.error,
-        "attempts": completion.attempts,
-        "prompt_tokens": len(row.prompt_token_ids or ()),
+        "attempts": max(each.attempts for each in done),
+        "prompt_tokens": answers[-1].stop - num_tokens,
         "completion_tokens": num_tokens,
         "target_steps": acceptance.target_steps,
         "draft_steps": acceptance.draft_steps,
         "draft_tokens": drafted,
         "accepted_tokens": acceptance.accepted_tokens,
         "acceptance_rate": acceptance.accepted_tokens / drafted if drafted else None,
-        "acceptance_length": (num_tokens - 1) / acceptance.target_steps if acceptance.target_steps else None,
+        "acceptance_length": passes / acceptance.target_steps if acceptance.target_steps else None,
         "accepted_per_depth": acceptance.accepted_per_depth,
-        "queue_s": completion.queue_s,
-        "prefill_s": completion.prefill_s,
-        "decode_s": completion.decode_s,
+        "queue_s": sum(each.queue_s for each in done),
+        "prefill_s": sum(each.prefill_s for each in done),
+        "decode_s": sum(each.decode_s for each in done),
         "engine": engine,
         "worker": worker,
         "shard": shard,
     }
+
+
+def _sum(of: list[Acceptance]) -> Acceptance:
+    depths = itertools.zip_longest(*(each.accepted_per_depth for each in of), fillvalue=0)
+    return Acceptance(
+        sum(each.target_steps for each in of),
+        sum(each.draft_steps for each in of),
+        sum(each.draft_tokens for each in of),
+        [sum(counts) for counts in depths],
+    )
+
+
+def _facts(answer: Answer) -> dict[str, Any]:
+    acceptance = answer.completion.acceptance
+    return {
+        "start": answer.start,
+        "stop": answer.stop,
+        "finish_reason": answer.completion.finish_reason,
+        "target_steps": acceptance.target_steps,
+        "draft_steps": acceptance.draft_steps,
+        "draft_tokens": acceptance.draft_tokens,
+        "accepted_tokens": acceptance.accepted_tokens,
+    }
+
+
+def ids_and_mask(row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    """All tokens of an output row, and for each 1 if the target wrote it and 0 if not."""
+    prompt, completion = row["prompt_token_ids"], row["completion_token_ids"]
+    mask = [0] * len(prompt) + [1] * len(completion)
+    for answer in row.get("answers") or ():
+        mask[answer["start"] : answer["stop"]] = [1] * (answer["stop"] - answer["start"])
+    return [*prompt, *completion], mask
 
 
 def refused(row: Row, verdict: Verdict, sample: int, *, engine: str, worker: str, shard: str) -> dict[str, Any]:

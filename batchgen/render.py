@@ -12,6 +12,7 @@ transformers' sandbox.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -21,13 +22,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import jinja2
 
 from batchgen.errors import ModelError
-from batchgen.record import Message, Verdict
+from batchgen.record import Answer, Message, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
-    from batchgen.record import Row
+    from batchgen.record import Completion, Row
 
 # A template is a program: besides its own refusals it can fail like any other on a conversation nobody thought of.
 _FAILURES = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
@@ -110,8 +111,7 @@ class Renderer:
         try:
             text = self._render(messages)
         except _FAILURES as error:
-            why = str(error).strip().partition("\n")[0][:200]
-            return Verdict("error", "template", f"the chat template fails on this conversation: {why}")
+            return _template_fails(error)
         # Megabytes are told by their length: encoding them would take longer than many an answer.
         at_least = len(text) // self._max_token_chars if self._max_token_chars else 0
         ids = None if self._too_long(at_least) else self._encode(messages, text)
@@ -124,6 +124,57 @@ class Renderer:
         if self._too_long(len(ids)):
             return Verdict("skipped", "prompt_too_long", f"the prompt has {len(ids)} tokens, {self._allowed()}")
         return ids
+
+    def next_turn(self, row: Row, completion: Completion) -> Row | Verdict:
+        """The row with this answer and the user's next turn after it.
+
+        What was read and written stays token for token, also where the template would leave thoughts of an earlier
+        answer out: encoded is only what follows the answer.
+        """
+        assert row.messages is not None, "a row that was answered has messages"
+        assert row.prompt_token_ids is not None, "and a prompt"
+        following = Message(role="user", content=row.ahead[0])
+        messages = [*row.messages, Message(role="assistant", content=completion.text), following]
+        rest = self._after_answer(messages)
+        if isinstance(rest, Verdict):
+            return rest
+        kept, start = completion.token_ids, len(row.prompt_token_ids)
+        if completion.finish_reason == "stop" and kept[-1] in self._controls:
+            # The model's end token is the template's, or another one that no conversation goes on from.
+            kept, rest = (kept, rest[1:]) if rest[:1] == kept[-1:] else (kept[:-1], rest)
+        ids = [*row.prompt_token_ids, *kept, *rest]
+        if self._too_long(len(ids)):
+            return Verdict("skipped", "prompt_too_long", f"the prompt has {len(ids)} tokens, {self._allowed()}")
+        answer = Answer(start, start + len(kept), completion)
+        return dataclasses.replace(
+            row, messages=messages, prompt_token_ids=ids, ahead=row.ahead[1:], answers=(*row.answers, answer)
+        )
+
+    def _after_answer(self, messages: list[Message]) -> list[int] | Verdict:
+        """What the template puts after the last answer in `messages`, the user's turn behind it included."""
+        at = len(messages) - 2
+        try:
+            text = self._render(messages)
+        except _FAILURES as error:
+            return _template_fails(error)
+        *before, _, following = messages
+        mark = _mark(text, messages)
+        # Empty, so that the template has nothing to trim or to cut out.
+        marks = Message(role="assistant", content=f"{mark}{at}s{mark}{mark}{at}e{mark}")
+        try:
+            rendered = self._render([*before, marks, self._with_marks(following, at + 1, mark)]) if mark else ""
+        except _FAILURES:
+            rendered = ""
+        rest = rendered.partition(f"{mark}{at}e{mark}")[2] if rendered else ""
+        found = _speakers(rest, mark) if rest else None
+        if found is None or not text.endswith(found[0]):
+            return Verdict("error", "template", "the chat template does not show where an earlier answer ends")
+        plain, said = found
+        # SentencePiece templates have a space before the end token, which the model does not write.
+        stripped = plain.lstrip()
+        if any(stripped.startswith(token.content) for token in self._controls.values()):
+            plain, said = stripped, said[len(plain) - len(stripped) :]
+        return self._encode_said([following], plain, said)
 
     def _too_long(self, num_tokens: int) -> bool:
         return any(num_tokens > limit for limit, _ in self._limits)
@@ -150,11 +201,16 @@ class Renderer:
             return None
 
     def _encode(self, messages: list[Message], text: str) -> list[int] | Verdict:
+        return self._encode_said(
+            messages, text, None if self._special_tokens == "allow" else self._said(messages, text)
+        )
+
+    def _encode_said(self, messages: list[Message], text: str, said: bytearray | None) -> list[int] | Verdict:
+        """Token ids of `text`, of which `messages` said what `said` marks; None: that is not known."""
         encoding = self._backend.encode(text, add_special_tokens=False)
         ids: list[int] = encoding.ids
         if self._special_tokens == "allow":
             return ids
-        said = self._said(messages, text)
         if said is None:
             # Harmless unless the messages hold control strings.
             if any(self._could_act(message["content"]) for message in messages):
@@ -174,37 +230,25 @@ class Renderer:
 
         None if that cannot be told: the template renders marked messages to another text, or no mark is left to use.
         """
-        used = set(text).union(*(message["content"] for message in messages))
-        mark = next((sign for sign in map(chr, range(0xE000, 0xF900)) if sign not in used), None)
+        mark = _mark(text, messages)
         if mark is None:
             return None
-        marked = []
-        for i, message in enumerate(messages):
-            content = self._marked(message["content"], f"{mark}{i}s{mark}", f"{mark}{i}e{mark}")
-            marked.append(Message(role=message["role"], content=content))
         try:
-            rendered = self._render(marked)
+            rendered = self._render([self._with_marks(message, i, mark) for i, message in enumerate(messages)])
         except _FAILURES:
             return None
-        said, plain, at, speaker = bytearray(), [], 0, None
-        for found in re.finditer(f"{mark}([0-9]+)([se]){mark}|\\Z", rendered):
-            plain.append(rendered[at : found.start()])
-            said += (b"\0" if speaker is None else b"\1") * len(plain[-1])
-            at = found.end()
-            # Templates may cut the beginning of a message (the thoughts of an earlier answer), hence an end without a
-            # start is fine; a start without its end would leave open where the template goes on.
-            if speaker not in (None, found[1]):
-                return None
-            speaker = found[1] if found[2] == "s" else None
-        return said if "".join(plain) == text else None
+        found = _speakers(rendered, mark)
+        return found[1] if found is not None and found[0] == text else None
 
-    def _marked(self, content: str, start: str, end: str) -> str:
-        """The content with marks inside its outer white space, which templates trim, and before each control string."""
+    def _with_marks(self, message: Message, number: int, mark: str) -> Message:
+        """The message with marks inside its outer white space, which templates trim, and before control strings."""
+        content, start, end = message["content"], f"{mark}{number}s{mark}", f"{mark}{number}e{mark}"
         core = content.strip()
         if not core:
-            return content
+            return message
         head, _, tail = content.partition(core)
-        return head + start + self._pattern.sub(lambda found: start + found[0], core) + end + tail
+        core = self._pattern.sub(lambda found: start + found[0], core)
+        return Message(role=message["role"], content=head + start + core + end + tail)
 
     def _could_act(self, content: str) -> bool:
         """Whether the text holds a control string, or could complete one at its ends."""
@@ -264,6 +308,8 @@ class PlainRenderer(Renderer):
     def __init__(self, *, max_prompt_tokens: int | None = None) -> None:
         self._limits = [] if max_prompt_tokens is None else [(max_prompt_tokens, "screen.max_prompt_tokens")]
         self._max_token_chars, self._system, self._template_hash = None, None, "none"
+        # Nothing in a text can act.
+        self._special_tokens, self._controls, self._pattern = "allow", {}, re.compile(r"(?!)")
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of these UTF-8 bytes."""
@@ -272,8 +318,34 @@ class PlainRenderer(Renderer):
     def _render(self, messages: list[Message]) -> str:
         return "".join(f"{message['role']}\n{message['content']}\n\n" for message in messages)
 
-    def _encode(self, messages: list[Message], text: str) -> list[int] | Verdict:
+    def _encode_said(self, messages: list[Message], text: str, said: bytearray | None) -> list[int] | Verdict:
         return list(text.encode())
+
+
+def _template_fails(error: Exception) -> Verdict:
+    why = str(error).strip().partition("\n")[0][:200]
+    return Verdict("error", "template", f"the chat template fails on this conversation: {why}")
+
+
+def _mark(text: str, messages: list[Message]) -> str | None:
+    """A character that neither the text nor the messages hold, None when there is none."""
+    used = set(text).union(*(message["content"] for message in messages))
+    return next((sign for sign in map(chr, range(0xE000, 0xF900)) if sign not in used), None)
+
+
+def _speakers(rendered: str, mark: str | None) -> tuple[str, bytearray] | None:
+    """A rendered text without its marks, and for each character 1 if a message says it; None if that is not clear."""
+    said, plain, at, speaker = bytearray(), [], 0, None
+    for found in re.finditer(f"{mark}([0-9]+)([se]){mark}|\\Z", rendered):
+        plain.append(rendered[at : found.start()])
+        said += (b"\0" if speaker is None else b"\1") * len(plain[-1])
+        at = found.end()
+        # Templates may cut the beginning of a message (the thoughts of an earlier answer), hence an end without a
+        # start is fine; a start without its end would leave open where the template goes on.
+        if speaker not in (None, found[1]):
+            return None
+        speaker = found[1] if found[2] == "s" else None
+    return "".join(plain), said
 
 
 def _skip_space(text: str, at: int) -> int:

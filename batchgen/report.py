@@ -25,7 +25,7 @@ from batchgen.store import STATE_FOLDER
 from batchgen.tally import Rates
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import polars as pl
 
@@ -46,9 +46,11 @@ _SUMS = [
     "draft_tokens",
     "accepted_tokens",
 ]
+# Of rows that are conversations.
+_LEAF = "answers.list.element.start"
 _COLUMNS = [*_KEY, "status", "error_type", *_SUMS, "accepted_per_depth"]
 # Of each part that was read once, in `RECONCILED`; "hashes" are those of its keys.
-_FACTS = {"ok", "error", "skipped", *_SUMS, "reasons", "accepted_per_depth", "hashes"}
+_FACTS = {"ok", "error", "skipped", "answers", *_SUMS, "reasons", "accepted_per_depth", "hashes"}
 # 8 bytes each; where there are more, parts are read again.
 _KEPT_ROWS = 2**24
 _DIGEST_BYTES = 32
@@ -66,6 +68,7 @@ class Summary(Rates):
     skipped: int = 0
     parts: int = 0
     reasons: dict[str, int] = dataclasses.field(default_factory=dict)
+    answers: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     target_steps: int = 0
@@ -149,7 +152,9 @@ def _look(store: Store, entries: Mapping[str, Entry]) -> dict[str, dict[str, Any
 
     def look(key: str) -> dict[str, Any] | str:
         try:
-            return {"key": key, "version": entries[key].version} | _facts(_read(store, entries[key].url, _COLUMNS))
+            return {"key": key, "version": entries[key].version} | _facts(
+                _read(store, entries[key].url, _COLUMNS, [_LEAF])
+            )
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             return str(error).partition("\n")[0][:200]
 
@@ -195,10 +200,11 @@ def _probe() -> bytes:
     return f"{sorted(_FACTS)} {frame.hash_rows().to_list()}".encode()
 
 
-def _read(store: Store, url: str, columns: list[str]) -> pa.Table:
+def _read(store: Store, url: str, columns: list[str], if_there: Sequence[str] = ()) -> pa.Table:
     with store.open(url) as stream:
         # Column chunks that lie side by side in one request.
-        table = pq.ParquetFile(stream, pre_buffer=True, page_checksum_verification=True).read(columns=columns)
+        file = pq.ParquetFile(stream, pre_buffer=True, page_checksum_verification=True)
+        table = file.read(columns=[*columns, *if_there])
     missing = [name for name in columns if name not in table.column_names]
     if missing:
         raise pa.ArrowInvalid(f"it has no column {missing[0]}")
@@ -245,6 +251,9 @@ def _facts(table: pa.Table) -> dict[str, Any]:
         facts["error" if row["status"] == "error" else "skipped"] += row["count_all"]
     facts["reasons"] = json.dumps(reasons)
     facts |= {name: pc.sum(ok[name]).as_py() or 0 for name in _SUMS}
+    facts["answers"] = ok.num_rows
+    if "answers" in ok.column_names:
+        facts["answers"] = pc.sum(pc.list_value_length(ok["answers"])).as_py() or 0
     depths = ok["accepted_per_depth"]
     deepest = pc.max(pc.list_value_length(depths)).as_py() or 0
     each = (pc.list_flatten(pc.list_slice(depths, depth, depth + 1)) for depth in range(deepest))
@@ -253,7 +262,7 @@ def _facts(table: pa.Table) -> dict[str, Any]:
 
 def _add(summary: Summary, facts: dict[str, Any]) -> None:
     summary.parts += 1
-    for name in ("ok", "error", "skipped", *_SUMS):
+    for name in ("ok", "error", "skipped", "answers", *_SUMS):
         setattr(summary, name, getattr(summary, name) + facts[name])
     for reason, count in json.loads(facts["reasons"]).items():
         summary.reasons[reason] = summary.reasons.get(reason, 0) + count

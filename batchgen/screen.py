@@ -17,7 +17,7 @@ from batchgen.pii import Finder
 from batchgen.record import Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from batchgen.record import Message, Row
     from batchgen.spec import ScreenSpec
@@ -64,17 +64,19 @@ class Screen:
         if row.messages is None:
             return row
         masked, found = [], Counter[str]()
-        for message in row.messages:
-            content, kinds = self._finder.redact(message["content"])
-            masked.append(message | {"content": content})
+        for text in (*(message["content"] for message in row.messages), *row.ahead):
+            content, kinds = self._finder.redact(text)
+            masked.append(content)
             found += kinds
         if not found:
             return row
         if not self._skip:
-            row.messages, self.redacted = masked, self.redacted + found
+            said, row.ahead = masked[: len(row.messages)], tuple(masked[len(row.messages) :])
+            row.messages = [one | {"content": content} for one, content in zip(row.messages, said, strict=True)]
+            self.redacted += found
             return row
         kinds_found = ", ".join(f"{kind} {count}" for kind, count in sorted(found.items()))
-        row.messages = None
+        row.messages, row.ahead = None, ()
         row.verdict = row.verdict or Verdict("skipped", "pii", f"the conversation holds {kinds_found}")
         return row
 
@@ -84,24 +86,30 @@ def judged(rows: Iterable[Row]) -> Iterator[Row]:
     for row in rows:
         if row.verdict is None:
             assert row.messages is not None, "a row without messages was given a verdict by read"
-            row.verdict = judge(row.messages)
+            row.verdict = judge(row.messages, row.ahead)
             if row.verdict is not None and row.verdict.error_type == "bad_text":
                 # No table can hold this text, so the output could not be written.
-                row.messages = None
+                row.messages, row.ahead = None, ()
         yield row
 
 
-def judge(messages: list[Message]) -> Verdict | None:
-    """What is wrong with a conversation, or None."""
+def judge(messages: list[Message], ahead: Sequence[str] = ()) -> Verdict | None:
+    """What is wrong with a conversation, whose later user turns are `ahead`, or None."""
     if not messages:
         return Verdict("error", "empty_messages", "the conversation has no messages")
+    if any(_SURROGATE.search(text) for text in ahead):
+        return Verdict("error", "bad_text", "a later turn holds a lone surrogate, which is not Unicode text")
     for i, message in enumerate(messages):
         if _SURROGATE.search(message["role"]) or _SURROGATE.search(message["content"]):
             return Verdict("error", "bad_text", f"messages[{i}] holds a lone surrogate, which is not Unicode text")
         if message["role"] not in _ROLES:
             found = ascii(message["role"])[:100]
             return Verdict("error", "bad_role", f"messages[{i}].role is {found}, expected one of {', '.join(_ROLES)}")
-    return _misplaced([message["role"] for message in messages]) or _blank(messages)
+    problem = _misplaced([message["role"] for message in messages])
+    problem = problem or _blank(messages[-1]["content"], f"messages[{len(messages) - 1}], the last,")
+    for i, text in enumerate(ahead, 1):
+        problem = problem or _blank(text, f"user turn {i}, the first being 0,")
+    return problem
 
 
 def _misplaced(roles: list[str]) -> Verdict | None:
@@ -118,9 +126,8 @@ def _misplaced(roles: list[str]) -> Verdict | None:
     return None
 
 
-def _blank(messages: list[Message]) -> Verdict | None:
-    text = messages[-1]["content"]
+def _blank(text: str, which: str) -> Verdict | None:
     if any(unicodedata.category(sign) not in _INVISIBLE and not _BLANK.match(sign) for sign in text):
         return None
     what = f"holds only characters that show nothing ({len(text)} of them)" if text else "is empty"
-    return Verdict("error", "empty_prompt", f"messages[{len(messages) - 1}], the last, {what}")
+    return Verdict("error", "empty_prompt", f"{which} {what}")

@@ -55,9 +55,18 @@ class InputSpec(_Part):
     """The table of prompts."""
 
     path: Text = Field(description="Parquet file, folder or pattern; a local path or any fsspec URL.")
-    messages: Text | None = Field(default=None, description="Column of chats in OpenAI form; this or prompt.")
-    prompt: Text | None = Field(default=None, description="Column of texts, each a user's message; this or messages.")
-    system: Text | None = Field(default=None, description="Column of system messages, null for none; with prompt.")
+    messages: Text | None = Field(default=None, description="Column of chats in OpenAI form, the last turn a user's.")
+    prompt: Text | None = Field(
+        default=None, description="Instead of messages: column of texts, a user's message each."
+    )
+    turns: Text | None = Field(
+        default=None,
+        description="Instead of messages: column of conversations to be answered turn by turn, lists of a user's texts "
+        "or chats in OpenAI form, whose answers are left out.",
+    )
+    system: Text | None = Field(
+        default=None, description="Column of system messages, null for none; with prompt, or turns of texts."
+    )
     id: Text | None = Field(default=None, description="Column with the row's id; null: its file and number.")
     keep: tuple[Text, ...] = Field(default=(), strict=False, description="Columns copied to the output.")
     sampling: dict[SamplingColumn, Text] = Field(
@@ -255,13 +264,14 @@ _NOT_YET: _Rules = {}
 
 # What never makes sense. "key to name: why": when. A rule is skipped when a key that it reads has a problem of its own.
 _IMPOSSIBLE: _Rules = {
-    "input: messages or prompt is missing; name the column that has the prompts": (
-        lambda v: v["input.messages"] is None and v["input.prompt"] is None
-    ),
+    "input: messages, prompt or turns is missing; name the column that has the prompts": lambda v: not _asked(v),
     "input.prompt: found both messages and prompt, expected one of them": (
-        lambda v: v["input.messages"] is not None and v["input.prompt"] is not None
+        lambda v: {"messages", "prompt"} <= set(_asked(v))
     ),
-    "input.system: goes with prompt only; with messages, the system message is one of them": (
+    "input.turns: found another column of prompts besides, expected one of them": (
+        lambda v: "turns" in _asked(v) and len(_asked(v)) > 1
+    ),
+    "input.system: goes with prompt or turns; with messages, the system message is one of them": (
         lambda v: v["input.system"] is not None and v["input.messages"] is not None
     ),
     "input.keep: names a column twice": lambda v: len(set(v["input.keep"])) < len(v["input.keep"]),
@@ -330,6 +340,11 @@ _IMPOSSIBLE: _Rules = {
         lambda v: _finds(v["input.path"], v["output.path"])
     ),
 }
+
+
+def _asked(v: Mapping[str, Any]) -> list[str]:
+    """Which keys name a column of prompts."""
+    return [name for name in ("messages", "prompt", "turns") if v[f"input.{name}"] is not None]
 
 
 def _method(v: Mapping[str, Any]) -> str | None:

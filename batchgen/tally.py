@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from batchgen.record import Completion
 
@@ -15,7 +15,7 @@ class Rates:
     """What follows from the counts of a run or of its parts."""
 
     __slots__ = ()
-    ok: int
+    answers: int
     completion_tokens: int
     target_steps: int
     draft_tokens: int
@@ -29,16 +29,16 @@ class Rates:
     @property
     def acceptance_length(self) -> float | None:
         """Tokens per target pass after prefill, the bonus token included; None without passes."""
-        return (self.completion_tokens - self.ok) / self.target_steps if self.target_steps else None
+        return (self.completion_tokens - self.answers) / self.target_steps if self.target_steps else None
 
 
 @dataclasses.dataclass(slots=True)
 class Tally(Rates):
     """One worker's counts, or those of several (`together`).
 
-    `resumed` counts the output rows that were found in journals, `standing` those that stay of parts that are replaced,
-    `retries` the storage requests that were repeated. `reasons` has the error rows by their type,
-    `redacted` the personal data that was masked by its kind.
+    `answers` are more than `ok` where rows are conversations. `resumed` counts the output rows that were found in
+    journals, `standing` those that stay of parts that are replaced, `retries` the storage requests that were repeated.
+    `reasons` has the error rows by their type, `redacted` the personal data that was masked by its kind.
     """
 
     ok: int = 0
@@ -48,6 +48,7 @@ class Tally(Rates):
     standing: int = 0
     parts: int = 0
     retries: int = 0
+    answers: int = 0
     completion_tokens: int = 0
     target_steps: int = 0
     draft_tokens: int = 0
@@ -69,16 +70,18 @@ class Tally(Rates):
         """Tokens per second of generation, those of unfinished rows included; None before the first."""
         return self.generated_tokens / self.generating_s if self.generating_s else None
 
-    def count(self, completion: Completion) -> None:
-        """Add one finished sample."""
+    def count(self, completion: Completion, before: Sequence[Completion] = ()) -> None:
+        """Add one finished sample, with the answers `before` its last one."""
         if completion.finish_reason == "error":
             self.failed(completion.error_type or "engine")
             return
         self.ok += 1
-        self.completion_tokens += len(completion.token_ids)
-        self.target_steps += completion.acceptance.target_steps
-        self.draft_tokens += completion.acceptance.draft_tokens
-        self.accepted_tokens += completion.acceptance.accepted_tokens
+        for answer in (*before, completion):
+            self.answers += 1
+            self.completion_tokens += len(answer.token_ids)
+            self.target_steps += answer.acceptance.target_steps
+            self.draft_tokens += answer.acceptance.draft_tokens
+            self.accepted_tokens += answer.acceptance.accepted_tokens
 
     def failed(self, error_type: str) -> None:
         """Add one error row."""

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from batchgen.attempt import Task
     from batchgen.generate import Engine
     from batchgen.models import Model
-    from batchgen.record import Row, Shard
+    from batchgen.record import Completion, Row, Shard
     from batchgen.render import Renderer
     from batchgen.spec import Spec
 
@@ -279,12 +279,33 @@ class Worker:
         self.tally.running = self._engine.running
         self.tally.generated_tokens = self._engine.num_tokens
         for completion in completions:
-            attempt, row = self._rows.pop(completion.key)  # type: ignore[call-overload]
-            self.tally.count(completion)
-            attempt.running -= 1
-            attempt.record(record.finished(row, completion, **self._names(attempt)))
+            attempt, row = self._rows[completion.key]  # type: ignore[index]
+            ended = self._answer(row, completion) if row.ahead else completion
+            if ended is not None:
+                del self._rows[completion.key]  # type: ignore[arg-type]
+                self.tally.count(ended, [answer.completion for answer in row.answers])
+                attempt.running -= 1
+                attempt.record(record.finished(row, ended, **self._names(attempt)))
         if completions:
             self._gate()
+
+    def _answer(self, row: Row, completion: Completion) -> Completion | None:
+        """Go on with the conversation, None; or the completion as it ends the row, where that cannot be."""
+        if completion.finish_reason == "error":
+            return completion
+        following = self._renderer.next_turn(row, completion)
+        if isinstance(following, Verdict) and following.status == "skipped":
+            # What was answered stands; for more there is no room.
+            return dataclasses.replace(completion, finish_reason="length")
+        if isinstance(following, Verdict):
+            kind, why = following.error_type, following.error
+            return dataclasses.replace(completion, finish_reason="error", error_type=kind, error=why)
+        key, ids = completion.key, following.prompt_token_ids
+        assert ids is not None, "a turn was rendered"
+        self._rows[key] = self._rows[key][0], following  # type: ignore[index]
+        turn = len(following.answers)
+        self._engine.submit(Request(key, row.row_id, completion.sample, ids, row.sampling, turn))
+        return None
 
     def _journal(self) -> None:
         """Commit complete shards and journal what has waited long enough."""

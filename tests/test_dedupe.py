@@ -19,7 +19,7 @@ from batchgen import dedupe, plan, read
 from batchgen.record import Sampling, Shard
 from batchgen.store import connect
 
-COLUMNS = read.Columns(messages=None, prompt="prompt", system=None, id=None, keep=("extra",), sampling={})
+COLUMNS = read.Columns(prompt="prompt", keep=("extra",))
 
 
 def mark(folder: Path, names: list[str], columns: read.Columns = COLUMNS) -> dict[tuple[str, int], str]:
@@ -74,7 +74,7 @@ def test_all_but_the_first_of_equal_prompts_are_found(
 
 def test_other_sampling_is_another_question(tmp_path: Path) -> None:
     table(tmp_path, "a.parquet", ["x", "x", "x", None, None], warmth=[None, 0.5, 0.5, None, None])
-    columns = read.Columns(None, "prompt", None, None, (), {"temperature": "warmth"})
+    columns = read.Columns(prompt="prompt", sampling={"temperature": "warmth"})
     assert mark(tmp_path, ["a.parquet"], columns) == {("a.parquet", 2): "row 1 of a.parquet"}
 
 

@@ -74,7 +74,7 @@ def renderer() -> Renderer:
 def rows(path: Path, renderer: Renderer) -> list[Row]:
     store = connect(str(path))
     shard = Shard(0, str(path), store.info(str(path)).version, 0, pq.read_metadata(path).num_rows, "f")
-    columns = read.Columns("messages", None, None, "id", ("defect", "detail"), {})
+    columns = read.Columns(messages="messages", id="id", keep=("defect", "detail"))
     return list(renderer.rows(screen.Screen().rows(read.rows(store, shard, columns, Sampling()))))
 
 

@@ -31,10 +31,7 @@ HI = [{"role": "user", "content": "hi"}]
 
 
 def columns(**names: Any) -> Columns:
-    given = {"messages": None, "prompt": None, "system": None, "id": None, "keep": (), "sampling": {}} | names
-    if given["messages"] is None and given["prompt"] is None:
-        given["prompt"] = "prompt"
-    return Columns(**given)
+    return Columns(**names) if {"messages", "prompt"} & set(names) else Columns(prompt="prompt", **names)
 
 
 def rows(path: Path, wanted: Columns, start: int = 0, stop: int | None = None) -> list[Row]:

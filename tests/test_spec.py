@@ -400,7 +400,7 @@ def test_the_tour_shows_every_key() -> None:
     tour = (ROOT / "jobs/spec.yaml").read_text()
     assert [key for key in KEYS if not re.search(rf"\b{key.split('.')[-1]}\b", tour)] == []
     shown = dict(leaves(load(tour).model_dump()))
-    commented = {"input.prompt", "input.system"}
+    commented = {"input.prompt", "input.turns", "input.system"}
     for key in shown.keys() - commented:
         assert re.search(rf"^ *{key.split('.')[-1]}: ", tour, re.MULTILINE), key
 

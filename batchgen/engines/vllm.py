@@ -356,5 +356,4 @@ def _seed(request: Request) -> int | None:
     """A seed of the row's own; greedy rows need none."""
     if request.sampling.temperature == 0.0:
         return None
-    text = f"{request.sampling.seed}\0{request.row_id}\0{request.sample}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+    return int.from_bytes(hashlib.sha256(request.noise.encode()).digest()[:7], "big")

@@ -39,7 +39,7 @@ def table(path: Path, first: int, rows: int) -> None:
 def look(folder: Path, files: int, rows: int, facts: Any) -> None:
     """Put seconds, repetitions and the largest resident size into `facts`."""
     store = connect(str(folder))
-    columns = read.Columns("messages", None, None, None, (), {})
+    columns = read.Columns(messages="messages")
     names = [str(folder / f"{i:04d}.parquet") for i in range(files)]
     found = [plan.File(name, store.info(name).version, rows // files, pa.schema([])) for name in names]
     began = time.perf_counter()

@@ -83,7 +83,7 @@ class TorchEngine:
     def submit(self, request: Request) -> None:
         """Queue a request."""
         limit = min(len(request.prompt_token_ids) + request.sampling.max_tokens, self._target.max_tokens)
-        key = verify.noise_key(request.sampling.seed, request.row_id, request.sample)
+        key = verify.noise_key(request.noise)
         now = time.perf_counter()
         self._slots.waiting.append(Row(request, list(request.prompt_token_ids), limit, key, now, now))
 

@@ -42,9 +42,9 @@ class Walk(NamedTuple):
     tokens: list[int]
 
 
-def noise_key(seed: int, row_id: str, sample: int) -> int:
-    """64 bits that name one sample's noise."""
-    digest = hashlib.blake2b(f"{seed}\0{row_id}\0{sample}".encode(), digest_size=8).digest()
+def noise_key(noise: str) -> int:
+    """64 bits that stand for `record.Request.noise`."""
+    digest = hashlib.blake2b(noise.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 

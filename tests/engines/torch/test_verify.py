@@ -102,7 +102,7 @@ def test_sampled_trees_follow_the_targets_distribution(seed, sampling):
     tree = tree_of([0, 0, 0, 1, 1, 2], [*children, *rng.permutation(vocabulary)[:2].tolist(), 4])
     context = [vocabulary, *tree.tokens[1:]]  # a node's distribution depends on its token alone
 
-    keys = [verify.noise_key(seed, str(row), 0) for row in range(rows)]
+    keys = [verify.noise_key(f"{seed} {row}") for row in range(rows)]
 
     def draws(rows_asked: list[int], at: list[int], ahead: list[int]) -> list[int]:
         wanted = [verify.Draw(sampling, keys[r], a) for r, a in zip(rows_asked, ahead, strict=True)]
@@ -144,7 +144,7 @@ def test_noise_is_standard_gumbel_and_independent_over_keys_positions_and_tokens
     assert kstest(noise.numpy(), "gumbel_r").pvalue > 1e-3
     across = torch.stack([gumbel_noise(12345, position, ids[:200]) for position in range(400)])
     assert kstest(across[:, 17].numpy(), "gumbel_r").pvalue > 1e-3
-    keys = torch.stack([gumbel_noise(verify.noise_key(0, str(k), 0), 0, ids[:200]) for k in range(400)])
+    keys = torch.stack([gumbel_noise(verify.noise_key(str(k)), 0, ids[:200]) for k in range(400)])
     assert kstest(keys[:, 3].numpy(), "gumbel_r").pvalue > 1e-3
     correlation = np.corrcoef(np.stack([noise[:-1], noise[1:]]))[0, 1]
     assert abs(correlation) < 0.03
@@ -187,7 +187,7 @@ def test_survivors_are_the_smallest_likeliest_set(logits, temperature, top_k, to
 
 def test_temperature_zero_is_the_argmax():
     logits = torch.randn(50, 100, generator=torch.Generator().manual_seed(0))
-    draws = [verify.Draw(Sampling(), verify.noise_key(0, str(i), 0), 0) for i in range(50)]
+    draws = [verify.Draw(Sampling(), verify.noise_key(str(i)), 0) for i in range(50)]
     assert verify.draw(logits, draws) == logits.argmax(-1).tolist()
 
 
