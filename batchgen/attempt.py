@@ -43,7 +43,7 @@ class Task:
     """What a worker needs to know of the job, beside its shards and its engine.
 
     `epoch` is the lease's; `again` has the parts, by their shards' keys, whose failed rows are to be done again;
-    `dedupe` says that `dedupe.mark` has noted which rows repeat others.
+    `dedupe` is what `dedupe.mark` has noted of rows that repeat others.
     """
 
     source: Store
@@ -60,7 +60,7 @@ class Task:
     worker: str = "0"
     min_acceptance: float | None = None
     below_min: str = "warn"
-    dedupe: bool = False
+    dedupe: dedupe.Kind | None = None
 
 
 class Attempt:
@@ -211,9 +211,10 @@ class Attempt:
     def _source(self, shard: Shard) -> Iterator[Row]:
         task = self._task
         rows = read.rows(task.source, shard, task.columns, task.sampling)
-        if not task.dedupe:
+        if task.dedupe is None:
             return rows
-        return dedupe.judged(rows, dedupe.repetitions(task.sink, task.output, shard, task.columns))
+        found = dedupe.repetitions(task.sink, task.output, shard, task.columns, task.dedupe)
+        return dedupe.judged(rows, found, task.dedupe)
 
     def give(self) -> Piece | None:
         """Give up the end of what is not begun, at most half; None when that is nothing."""

@@ -60,9 +60,10 @@ def run(spec: Spec, to: str, *, draining: Callable[[], bool] = lambda: False) ->
             raise DrainedError(f"drained: what is screened stands in {folder}; the same command goes on")
 
     done = _done(sink, folder, found)
-    if spec.screen.dedupe == "exact" and len(done) < len(found.plan.shards):
+    kind = spec.screen.dedupe
+    if kind != "off" and len(done) < len(found.plan.shards):
         files = found.plan.files
-        dedupe.mark(found.source, sink, folder, files, found.columns, found.sampling, check=check)
+        dedupe.mark(found.source, sink, folder, files, found.columns, found.sampling, kind, check=check)
     cleaned = Cleaned(to)
     for shard in found.plan.shards:
         check()
@@ -96,8 +97,9 @@ def _screened(found: Job, sink: Store, folder: str, shard: Shard) -> dict[str, A
     """Store the shard's rows that pass."""
     screen = Screen.of(found.spec.screen)  # its own, for its counts
     source: Iterable[Row] = read.rows(found.source, shard, found.columns, found.sampling)
-    if found.spec.screen.dedupe == "exact":
-        source = dedupe.judged(source, dedupe.repetitions(sink, folder, shard, found.columns))
+    kind = found.spec.screen.dedupe
+    if kind != "off":
+        source = dedupe.judged(source, dedupe.repetitions(sink, folder, shard, found.columns, kind), kind)
     said: dict[int, list[Message]] = {}
 
     def noted() -> Iterator[Row]:

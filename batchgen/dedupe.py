@@ -4,6 +4,10 @@ Each file's rows are hashed once, 16 bytes each, and kept in the output folder, 
 Files count in the order in which they were first seen: one that comes later and sorts before cannot make a finished
 row a repetition. Equal is what would be generated from the same messages under the same sampling, character for
 character; a row that is an error by itself neither repeats nor is repeated.
+
+Nearly equal (`near`) is what shares a band of its MinHash signature (rensa's, of groups of 5 characters in lower case;
+locality-sensitive hashing, Leskovec et al., Mining of Massive Datasets, 3.4): with 16 bands of 8 values, of two texts
+that have a share s of their groups in common, with a chance of 1 - (1 - s^8)^16: 0.95 at 0.8, 0.06 at 0.5.
 """
 
 from __future__ import annotations
@@ -11,15 +15,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+import numpy as np
 import pyarrow as pa
 
 from batchgen import read, screen
-from batchgen.errors import CorruptOutputError
+from batchgen.errors import CorruptOutputError, SpecError
 from batchgen.record import Shard, Verdict
 from batchgen.store import STATE_FOLDER
 
@@ -33,10 +39,13 @@ if TYPE_CHECKING:
     from batchgen.record import Row, Sampling
     from batchgen.store import Store
 
+Kind: TypeAlias = Literal["exact", "near"]
+
 log = logging.getLogger("batchgen.dedupe")
 
-_HASH_BYTES = 16
-_NONE = bytes(_HASH_BYTES)
+# How many hashes are kept of a row, of how many times 8 bytes: rows that share one are repetitions.
+_KEPT = {"exact": (1, 2), "near": (16, 1)}
+_BAND_VALUES, _GROUP = 8, 5
 # Rows that are compared at once; about 100 bytes each while they are.
 _ROWS_AT_ONCE = 2**23
 _ROWS_PER_LOOK = 4096
@@ -49,6 +58,7 @@ def mark(
     files: Sequence[File],
     columns: Columns,
     sampling: Sampling,
+    kind: Kind,
     *,
     check: Callable[[], None] = lambda: None,
 ) -> int:
@@ -59,28 +69,29 @@ def mark(
     Raises:
         InputError: a file is not there, changed since it was planned, or is damaged.
         CorruptOutputError: what was kept of a file is not of its rows.
+        SpecError: near repetitions are wanted and rensa is not installed.
     """
-    keys = [_key(file.url, file.version, columns) for file in files]
+    keys = [_key(file.url, file.version, columns, kind) for file in files]
     order = _order(sink, output, keys)
     kept = {url.rpartition("/")[2] for url in sink.find(_url(output, ""))}
     for file, key in zip(files, keys, strict=True):
         if f"{key}.hashes" not in kept:
-            sink.put(_url(output, f"{key}.hashes"), _hashes(source, file, columns, sampling, check))
+            sink.put(_url(output, f"{key}.hashes"), _hashes(source, file, columns, sampling, kind, check))
     ranked = sorted(zip(keys, files, strict=True), key=lambda pair: order[pair[0]])
     num_found = 0
-    for key, found in _repeated(sink, output, ranked, check).items():
+    for key, found in _repeated(sink, output, ranked, kind, check).items():
         sink.put(_url(output, f"{key}.repetitions"), _encode(found))
         num_found += found.num_rows
     return num_found
 
 
-def repetitions(sink: Store, output: str, shard: Shard, columns: Columns) -> dict[int, str]:
+def repetitions(sink: Store, output: str, shard: Shard, columns: Columns, kind: Kind) -> dict[int, str]:
     """The shard's rows that repeat an earlier one, by index, each with where that is.
 
     Raises:
         CorruptOutputError: `mark` noted nothing of the shard's file.
     """
-    url = _url(output, f"{_key(shard.file, shard.version, columns)}.repetitions")
+    url = _url(output, f"{_key(shard.file, shard.version, columns, kind)}.repetitions")
     try:
         table = pa.ipc.open_file(io.BytesIO(sink.read(url))).read_all()
     except (FileNotFoundError, pa.ArrowException, OSError) as error:
@@ -92,11 +103,12 @@ def repetitions(sink: Store, output: str, shard: Shard, columns: Columns) -> dic
     return {i: f"row {row} of {file}" for i, (row, file) in zip(rows["index"].to_pylist(), firsts, strict=True)}
 
 
-def judged(rows: Iterable[Row], found: Mapping[int, str]) -> Iterator[Row]:
+def judged(rows: Iterable[Row], found: Mapping[int, str], kind: Kind) -> Iterator[Row]:
     """The same rows, with a verdict for each that is in `found` and has none."""
+    error_type, asks = ("duplicate", "asks") if kind == "exact" else ("near_duplicate", "asks nearly")
     for row in rows:
         if row.verdict is None and row.index in found:
-            row.verdict = Verdict("skipped", "duplicate", f"asks what {found[row.index]} asks")
+            row.verdict = Verdict("skipped", error_type, f"{asks} what {found[row.index]} asks")
         yield row
 
 
@@ -104,10 +116,10 @@ def _url(output: str, name: str) -> str:
     return f"{output.rstrip('/')}/{STATE_FOLDER}/dedupe/{name}".rstrip("/")
 
 
-def _key(file: str, version: str, columns: Columns) -> str:
+def _key(file: str, version: str, columns: Columns, kind: Kind) -> str:
     """Names what is kept of one version of a file, read by these columns."""
     names = (columns.messages, columns.prompt, columns.turns, columns.system, columns.id)
-    which = (names, sorted(columns.sampling.items()))
+    which = (kind, names, sorted(columns.sampling.items()))
     return hashlib.sha256(json.dumps((file, version, which)).encode()).hexdigest()[:16]
 
 
@@ -127,29 +139,57 @@ def _order(sink: Store, output: str, keys: Sequence[str]) -> dict[str, int]:
     return {key: i for i, key in enumerate(known + new)}
 
 
-def _hashes(source: Store, file: File, columns: Columns, sampling: Sampling, check: Callable[[], None]) -> bytes:
-    """16 bytes for each row of a file, zeros for one that is not compared."""
+def _hashes(
+    source: Store, file: File, columns: Columns, sampling: Sampling, kind: Kind, check: Callable[[], None]
+) -> bytes:
+    """What is kept of a file: its rows' first hashes, then their second ones, ...; zeros for what is not compared."""
+    bands, words = _KEPT[kind]
+    hashes = np.zeros((bands, file.num_rows, words), "<u8")
+    of = _exact if kind == "exact" else _near()
     shard = Shard(0, file.url, file.version, 0, file.num_rows, "")
     # Kept columns can be large, and say nothing about what is asked.
     bare = dataclasses.replace(columns, keep=())
-    data = bytearray()
     for row in screen.judged(read.rows(source, shard, bare, sampling)):
         if row.index % _ROWS_PER_LOOK == 0:
             check()
-        data += _NONE if row.verdict else _hash(row)
+        if row.verdict is None:
+            hashes[:, row.index] = of(row)
     log.info("looked for duplicates in %s: %d rows", file.url, file.num_rows)
-    return bytes(data)
+    return hashes.tobytes()
 
 
-def _hash(row: Row) -> bytes:
-    assert row.messages is not None
-    asked = [[message["role"], message["content"]] for message in row.messages]
-    text = json.dumps([asked, *row.ahead, dataclasses.astuple(row.sampling)])
-    return hashlib.blake2b(text.encode(), digest_size=_HASH_BYTES).digest()
+def _exact(row: Row) -> np.ndarray:
+    text = json.dumps([_asked(row), dataclasses.astuple(row.sampling)])
+    return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=16).digest(), "<u8")[None]
+
+
+def _near() -> Callable[[Row], np.ndarray]:
+    try:
+        from rensa import RMinHash
+    except ImportError as error:
+        raise SpecError("screen.dedupe: near needs rensa: pip install 'batchgen[near]'") from error
+    bands, _ = _KEPT["near"]
+
+    def hashes(row: Row) -> np.ndarray:
+        text = " ".join("\n".join(f"{role} {content}" for role, content in _asked(row)).lower().split())
+        signature = RMinHash(num_perm=bands * _BAND_VALUES, seed=1)
+        signature.update([text[at : at + _GROUP] for at in range(max(1, len(text) - _GROUP + 1))])
+        # Of the same question under another temperature both answers are wanted.
+        salt = hashlib.blake2b(json.dumps(dataclasses.astuple(row.sampling)).encode(), digest_size=16).digest()
+        values = np.array(signature.digest(), "<u8").reshape(bands, _BAND_VALUES)
+        digests = b"".join(hashlib.blake2b(band.tobytes(), digest_size=8, salt=salt).digest() for band in values)
+        return np.frombuffer(digests, "<u8")[:, None]
+
+    return hashes
+
+
+def _asked(row: Row) -> list[tuple[str, str]]:
+    assert row.messages is not None, "a row without messages was given a verdict by read"
+    return [*((message["role"], message["content"]) for message in row.messages), *(("user", it) for it in row.ahead)]
 
 
 def _repeated(
-    sink: Store, output: str, ranked: Sequence[tuple[str, File]], check: Callable[[], None]
+    sink: Store, output: str, ranked: Sequence[tuple[str, File]], kind: Kind, check: Callable[[], None]
 ) -> dict[str, pa.Table]:
     """For each key the rows that repeat an earlier one: `index`, and the first one's `file` and `row`."""
     import polars as pl
@@ -158,9 +198,12 @@ def _repeated(
     buckets = max(1, math.ceil(num_rows / _ROWS_AT_ONCE))
     empty = pl.DataFrame(schema={"rank": pl.UInt32, "index": pl.UInt32, "first": pl.UInt32, "row": pl.UInt32})
     found = [empty]
-    for bucket in range(buckets):
+    for band, bucket in itertools.product(range(_KEPT[kind][0]), range(buckets)):
         check()
-        frames = [_frame(sink, output, rank, *one, bucket, buckets) for rank, one in enumerate(ranked)]
+        frames = [
+            _frame(_band(sink, output, *one, kind, band), rank).filter(pl.col("a") % buckets == bucket)
+            for rank, one in enumerate(ranked)
+        ]
         # Frames come in the files' order, so the first of equal rows is the one to keep.
         rows = pl.concat(frames) if frames else pl.DataFrame()
         firsts = rows.group_by("a", "b").agg(pl.len(), pl.col("rank").first(), pl.col("index").first())
@@ -168,7 +211,7 @@ def _repeated(
         again = rows.join(firsts, on=["a", "b"], how="inner")
         other = (pl.col("rank") != pl.col("first")) | (pl.col("index") != pl.col("row"))
         found.append(again.filter(other).select(empty.columns))
-    every = pl.concat(found)
+    every = pl.concat(found).sort("first", "row").unique(["rank", "index"], keep="first")
     names = pl.Series("file", [file.url for _, file in ranked], pl.String)
     tables = {}
     for rank, (key, _) in enumerate(ranked):
@@ -177,18 +220,24 @@ def _repeated(
     return tables
 
 
-def _frame(sink: Store, output: str, rank: int, key: str, file: File, bucket: int, buckets: int) -> pl.DataFrame:
-    """The compared rows of one file that fall into one of `buckets`, in their order."""
+def _band(sink: Store, output: str, key: str, file: File, kind: Kind, band: int) -> np.ndarray:
+    """One hash of each row of a file."""
+    url, (bands, words) = _url(output, f"{key}.hashes"), _KEPT[kind]
+    size = 8 * words * file.num_rows
+    with sink.open(url) as stream:
+        found = stream.seek(0, io.SEEK_END)
+        if found != bands * size:
+            raise CorruptOutputError(f"{url}: holds {found} bytes, not {bands * size}; remove it and submit again")
+        stream.seek(band * size)
+        return np.frombuffer(stream.read(size), "<u8").reshape(file.num_rows, words)
+
+
+def _frame(hashes: np.ndarray, rank: int) -> pl.DataFrame:
+    """The compared rows of one file, in their order."""
     import polars as pl
 
-    url = _url(output, f"{key}.hashes")
-    data = sink.read(url)
-    if len(data) != _HASH_BYTES * file.num_rows:
-        found, expected = len(data), _HASH_BYTES * file.num_rows
-        raise CorruptOutputError(f"{url}: holds {found} bytes, expected {expected}; remove it and submit again")
-    halves = pl.Series(pa.Array.from_buffers(pa.uint64(), 2 * file.num_rows, [None, pa.py_buffer(data)]))
-    frame = pl.DataFrame({"a": halves.gather_every(2), "b": halves.gather_every(2, 1)}).with_row_index("index")
-    frame = frame.filter((pl.col("a") != 0) | (pl.col("b") != 0), pl.col("a") % buckets == bucket)
+    frame = pl.DataFrame({"a": hashes[:, 0], "b": hashes[:, -1]}).with_row_index("index")
+    frame = frame.filter((pl.col("a") != 0) | (pl.col("b") != 0))
     return frame.with_columns(pl.lit(rank, pl.UInt32).alias("rank"))
 
 

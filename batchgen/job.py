@@ -136,7 +136,7 @@ class Job:
             again=self.again,
             min_acceptance=speculation.min_acceptance,
             below_min=speculation.below_min,
-            dedupe=self.spec.screen.dedupe == "exact",
+            dedupe=None if self.spec.screen.dedupe == "off" else self.spec.screen.dedupe,
         )
 
     @functools.cached_property
@@ -292,8 +292,8 @@ def _run(job: Job, lease: Lease, *, draining: Callable[[], bool], watch: Callabl
             _only_failing(tally, spec.max_error_rate)
             watch(tally)
 
-        if spec.screen.dedupe == "exact":
-            _mark_duplicates(job, lease, draining)
+        if spec.screen.dedupe != "off":
+            _mark_duplicates(job, spec.screen.dedupe, lease, draining)
         task, costs = job.task(lease.epoch), costs_folder()
         tally = cluster.run(task, job.todo, job.kit, costs, draining=draining, watch=watched)
         _remember_cost(job, tally)
@@ -311,15 +311,16 @@ def _run(job: Job, lease: Lease, *, draining: Callable[[], bool], watch: Callabl
     return Outcome(summary, tally, job.output, _retries(job, lease, tally))
 
 
-def _mark_duplicates(job: Job, lease: Lease, draining: Callable[[], bool]) -> None:
+def _mark_duplicates(job: Job, kind: dedupe.Kind, lease: Lease, draining: Callable[[], bool]) -> None:
     def check() -> None:
         lease.check()
         if draining():
             raise DrainedError(f"drained while looking for duplicates; finished files are noted in {job.output}")
 
     output = job.sink.spelled(job.output)
-    found = dedupe.mark(job.source, job.sink, output, job.plan.files, job.columns, job.sampling, check=check)
-    log.info("%s of %s rows ask what an earlier one asks", f"{found:,}", f"{job.plan.num_rows:,}")
+    found = dedupe.mark(job.source, job.sink, output, job.plan.files, job.columns, job.sampling, kind, check=check)
+    nearly = "nearly " if kind == "near" else ""
+    log.info("%s of %s rows ask %swhat an earlier one asks", f"{found:,}", f"{job.plan.num_rows:,}", nearly)
 
 
 def _gate_drift(job: Job, most: float) -> None:

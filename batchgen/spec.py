@@ -93,8 +93,8 @@ class ScreenSpec(_Part):
     max_prompt_tokens: int | None = Field(
         default=None, ge=1, description="Longer prompts are not generated; null: as long as the model takes."
     )
-    dedupe: Literal["off", "exact"] = Field(
-        default="off", description="exact: of equal prompts, over all files, the first is generated."
+    dedupe: Literal["off", "exact", "near"] = Field(
+        default="off", description="Of equal prompts, over all files, the first is generated; near: of similar ones."
     )
     pii: Annotated[Annotated[Literal["off"], _WORD] | Annotated[PiiSpec, _MAPPING], _WORD_OR_MAPPING] = Field(
         default="off", description="Screening of personal data."

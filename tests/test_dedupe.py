@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -22,18 +23,20 @@ from batchgen.store import connect
 COLUMNS = read.Columns(prompt="prompt", keep=("extra",))
 
 
-def mark(folder: Path, names: list[str], columns: read.Columns = COLUMNS) -> dict[tuple[str, int], str]:
+def mark(
+    folder: Path, names: list[str], columns: read.Columns = COLUMNS, kind: dedupe.Kind = "exact"
+) -> dict[tuple[str, int], str]:
     """Where each repetition in the files is, and what it repeats."""
     store, files = connect(str(folder)), []
     for name in names:
         url = f"{folder}/{name}"
         rows = pl.read_parquet(url).height
         files.append(plan.File(url, store.info(url).version, rows, pa.schema([])))
-    num = dedupe.mark(store, store, f"{folder}/out", files, columns, Sampling())
+    num = dedupe.mark(store, store, f"{folder}/out", files, columns, Sampling(), kind)
     found = {}
     for file in files:
         shard = Shard(0, file.url, file.version, 0, file.num_rows, "")
-        again = dedupe.repetitions(store, f"{folder}/out", shard, columns)
+        again = dedupe.repetitions(store, f"{folder}/out", shard, columns, kind)
         found |= {(Path(file.url).name, index): first.replace(f"{folder}/", "") for index, first in again.items()}
     assert len(found) == num
     return found
@@ -125,3 +128,46 @@ def test_a_job_generates_each_prompt_once_and_says_what_the_others_repeat(tmp_pa
     assert skipped["row_id"].to_list() == [f"a{i}" for i in range(4, 10)] + ["b0"]
     assert skipped["error"][-1] == f"asks what row 1 of {tmp_path}/in/b.parquet asks"
     assert skipped["completion_tokens"].to_list() == [0] * 7
+
+
+@settings(max_examples=20)
+@given(
+    texts=st.lists(st.integers(0, 10**6), min_size=1, max_size=6, unique=True),
+    copies=st.lists(st.tuples(st.integers(0, 5), st.sampled_from(["", " ", "\n", "?", " please"])), max_size=6),
+)
+def test_nearly_equal_prompts_are_found(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[int], copies: list[tuple[int, str]]
+) -> None:
+    """A long question with a word more is the same one; questions about other things are not."""
+    pytest.importorskip("rensa")
+    folder = tmp_path_factory.mktemp("in")
+    words = ["river", "copper", "violin", "harvest", "glacier", "lantern", "orchard", "meadow", "falcon", "cinder"]
+    drawn = [random.Random(text).choices(words, k=60) for text in texts]
+    long = [
+        " ".join(f"{word}{i * text % 97}" for i, word in enumerate(chosen))
+        for text, chosen in zip(texts, drawn, strict=True)
+    ]
+    table(folder, "a.parquet", long)
+    table(folder, "b.parquet", [long[i % len(long)].upper() + more for i, more in copies])
+    found = mark(folder, ["a.parquet", "b.parquet"], kind="near")
+    assert found == {("b.parquet", at): f"row {i % len(long)} of a.parquet" for at, (i, _) in enumerate(copies)}
+
+
+@pytest.mark.parametrize(("share", "low", "high"), [(0.9, 0.98, 1.0), (0.8, 0.85, 1.0), (0.5, 0.0, 0.2)])
+def test_likeness_decides_as_documented(tmp_path: Path, share: float, low: float, high: float) -> None:
+    pytest.importorskip("rensa")
+    draw = random.Random(1)
+    first, second = [], []
+    for _ in range(200):
+        # Groups of one sign each are as good as unique, so equal blocks are the share of groups in common.
+        blocks = ["".join(chr(draw.randrange(0x4E00, 0x9FFF)) for _ in range(40)) for _ in range(30)]
+        kept = round(30 * 2 * share / (1 + share))
+        first.append("".join(blocks))
+        second.append(
+            "".join(blocks[:kept]) + "".join(chr(draw.randrange(0x4E00, 0x9FFF)) for _ in range(40 * (30 - kept)))
+        )
+    table(tmp_path, "a.parquet", first)
+    table(tmp_path, "b.parquet", second)
+    found = mark(tmp_path, ["a.parquet", "b.parquet"], kind="near")
+    assert low <= len(found) / 200 <= high
+    assert all(row == f"row {at[1]} of a.parquet" for at, row in found.items())
