@@ -25,7 +25,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Mypy and pytest; arguments after -- go to pytest."""
-    session.install("-e", ".[test,types,pii,near]")
+    session.install("-e", ".[test,types,pii,dlp,near]")
     # Trainers, of which only what reads our exports is asked; the rest of their dependencies is for training.
     readers = ["specforge==0.2.0", "nvidia-modelopt==0.47.0", "omegaconf", "antlr4-python3-runtime==4.9.3"]
     session.install("--no-deps", *readers, "pulp", "nvidia-ml-py")

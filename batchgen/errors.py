@@ -6,6 +6,7 @@
     - InputChangedError        (exit 2)   an input file changed between plan and read
   - ModelError                 (exit 2)   weights cannot be had, or head and target do not fit
   - EngineError                (exit 1)   the engine dies whatever it runs
+  - ScreenError                (exit 1)   the service that finds personal data cannot be asked
   - StoreError                 (exit 1)   object storage kept failing
   - CorruptOutputError         (exit 1)   a part or segment does not read back as written
   - AcceptanceError            (exit 1)   the draft head accepts less than the job file demands
@@ -61,6 +62,10 @@ class ModelError(BatchgenError):
 
 class EngineError(BatchgenError):
     """The engine's process dies whatever it runs."""
+
+
+class ScreenError(BatchgenError):
+    """The service that finds personal data cannot be asked; what is finished is journalled."""
 
 
 class StoreError(BatchgenError):

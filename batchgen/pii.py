@@ -1,22 +1,25 @@
-"""Personal data in prompts, found by Microsoft Presidio's pattern recognisers: no model, no network.
+"""Personal data in prompts, found by Microsoft Presidio or by Google Cloud DLP.
 
-Patterns and checksums find what has a form: addresses, numbers of phones, cards and accounts. Names of people have
-none; to find these takes a model, which is not here. Where Presidio's own pattern misses what real prompts hold, ours
-replaces it and its checksum stays: cards in groups that any separator parts, or of Mastercard's newer range; mail
-addresses with letters beyond ASCII, whose domain Presidio would look up on the web.
+Presidio's patterns and checksums need no model and no network; they find what has a form: addresses, numbers of phones,
+cards and accounts. Names have none, so these take a spaCy model. Where Presidio's own pattern misses what real prompts
+hold, ours replaces it and its checksum stays: cards in groups that any separator parts, or of Mastercard's newer range;
+mail addresses with letters beyond ASCII, whose domain Presidio would look up on the web.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from batchgen.errors import SpecError
+from batchgen.errors import ScreenError, SpecError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
+    from batchgen.spec import PiiSpec
+
+_NO_PRESIDIO = "screen.pii: needs Presidio: pip install 'batchgen[pii]'"
 _MAIL = r"[\w.!#$%&'*+/=?^`{|}~-]+@[\w-]+(?:\.[\w-]+)*\.[^\W\d_][\w-]*\w"
 _CARD = r"(?<![\d.-])(?:2[2-7]|[3-6]\d)\d\d(?:[ .\n-]?\d){9,15}(?![\d-])"
 # National forms of phone numbers are looked for as these write them; international ones are found anyway.
@@ -26,29 +29,196 @@ _DECIMAL = re.compile(r"\d[.,]$")
 _LIKELY = 0.4  # a phone number's score; what Presidio scores lower is a guess that wants a word beside it
 
 
-class Finder:
-    """Finds `entities`, Presidio's names for kinds of personal data."""
+# What spaCy's models call persons and places is Presidio's business; these of its kinds they find.
+NAMED = ("PERSON", "LOCATION")
+_INFO_TYPES = {"CREDIT_CARD": "CREDIT_CARD_NUMBER", "PERSON": "PERSON_NAME"}  # DLP's names, where they differ
+# DLP takes half a megabyte a request.
+_REQUEST_BYTES, _REQUEST_TEXTS = 400_000, 256
 
-    def __init__(self, entities: Sequence[str]) -> None:
-        self._recognizers = [recognizer for entity in entities for recognizer in _recognizers(entity)]
 
-    def redact(self, text: str) -> tuple[str, Counter[str]]:
-        """The text with `<KIND>` where personal data was, and how often each kind was."""
-        spans = [
-            (found.start, found.end, found.entity_type, found.score)
-            for recognizer in self._recognizers
-            for found in recognizer.analyze(text, recognizer.supported_entities, None) or ()
-            if found.score >= _LIKELY
-        ]
-        taken: list[tuple[int, int, str]] = []
-        for start, end, kind, _ in sorted(spans, key=lambda span: (-span[3], span[0] - span[1], span[0])):
-            if all(end <= other[0] or other[1] <= start for other in taken):
-                taken.append((start, end, kind))
-        pieces, at = [], 0
-        for start, end, kind in sorted(taken):
-            pieces += [text[at:start], f"<{kind}>"]
-            at = end
-        return "".join([*pieces, text[at:]]), Counter(kind for _, _, kind in taken)
+class Span(NamedTuple):
+    """Personal data of a `kind` at characters `start` to `stop`; of those that overlap the surer one counts."""
+
+    start: int
+    stop: int
+    kind: str
+    score: float
+
+    def moved(self, by: int) -> Span:
+        """The same in a longer text."""
+        return self._replace(start=self.start + by, stop=self.stop + by)
+
+
+class Finder(Protocol):
+    """Finds personal data, best in `at_once` texts at a time."""
+
+    at_once: int
+
+    def find(self, texts: Sequence[str]) -> list[list[Span]]:
+        """What is in each text.
+
+        Raises:
+            ScreenError: the service that is asked does not answer.
+        """
+
+
+def finder(spec: PiiSpec) -> Finder:
+    """What a job file asks for.
+
+    Raises:
+        SpecError: Presidio, Google's client or the spaCy model is wanted and not installed.
+    """
+    if spec.by == "dlp":
+        assert spec.project is not None, "the spec asks for it"
+        return CloudDlp(spec.entities, spec.project)
+    return Presidio(spec.entities, spec.model)
+
+
+def masked(text: str, spans: Sequence[Span]) -> tuple[str, Counter[str]]:
+    """The text with `<KIND>` where personal data was, and how often each kind was."""
+    taken: list[Span] = []
+    for span in sorted(spans, key=lambda span: (-span.score, span.start - span.stop, span.start)):
+        if all(span.stop <= other.start or other.stop <= span.start for other in taken):
+            taken.append(span)
+    pieces, at = [], 0
+    for span in sorted(taken):
+        pieces += [text[at : span.start], f"<{span.kind}>"]
+        at = span.stop
+    return "".join([*pieces, text[at:]]), Counter(span.kind for span in taken)
+
+
+class Presidio:
+    """Presidio's recognisers of `entities`, with the spaCy model for those of `NAMED`."""
+
+    at_once = 1
+
+    def __init__(self, entities: Sequence[str], model: str | None = None) -> None:
+        self._recognizers = [one for entity in entities if entity not in NAMED for one in _recognizers(entity)]
+        self._names = tuple(entity for entity in entities if entity in NAMED)
+        self._spacy = _spacy(model) if model is not None and self._names else None
+
+    def find(self, texts: Sequence[str]) -> list[list[Span]]:
+        """See `Finder`."""
+        return [[*self._spans(text)] for text in texts]
+
+    def _spans(self, text: str) -> Iterator[Span]:
+        asked: list[tuple[Any, Sequence[str], Any]] = [(one, one.supported_entities, None) for one in self._recognizers]
+        if self._spacy is not None:
+            recognizer, read = self._spacy
+            asked.append((recognizer, self._names, read(text)))
+        for recognizer, entities, artifacts in asked:
+            for found in recognizer.analyze(text, entities, artifacts) or ():
+                if found.score >= _LIKELY:
+                    yield Span(found.start, found.end, found.entity_type, found.score)
+
+
+class CloudDlp:
+    """Google Cloud DLP (Sensitive Data Protection): `content:inspect` on tables of texts, billed to `project`.
+
+    `client` is Google's, made at the first use with the credentials that are found where it runs.
+    """
+
+    at_once = 64
+
+    def __init__(self, entities: Sequence[str], project: str, client: Any = None) -> None:
+        try:
+            from google.cloud import dlp_v2  # noqa: F401
+        except ImportError as error:
+            raise SpecError("screen.pii: by: dlp needs Google's client: pip install 'batchgen[dlp]'") from error
+        self._kinds = {_INFO_TYPES.get(entity, entity): entity for entity in entities}
+        self._parent, self._client = f"projects/{project}/locations/global", client
+
+    def find(self, texts: Sequence[str]) -> list[list[Span]]:
+        """See `Finder`."""
+        found: list[list[Span]] = [[] for _ in texts]
+        for places, pieces in _requests(texts):
+            for (number, start), spans in zip(places, self._inspected(pieces), strict=True):
+                found[number] += [span.moved(start) for span in spans]
+        return found
+
+    def _inspected(self, texts: Sequence[str]) -> list[list[Span]]:
+        rows = [{"values": [{"string_value": text}]} for text in texts]
+        config = {"info_types": [{"name": name} for name in self._kinds], "min_likelihood": "POSSIBLE"}
+        item = {"table": {"headers": [{"name": "text"}], "rows": rows}}
+        result = self._ask({"parent": self._parent, "inspect_config": config, "item": item}).result
+        if result.findings_truncated and len(texts) > 1:
+            half = len(texts) // 2
+            return self._inspected(texts[:half]) + self._inspected(texts[half:])
+        if result.findings_truncated and len(texts[0]) > 1:
+            cut = _space(texts[0], len(texts[0]) // 2)
+            first, second = self._inspected([texts[0][:cut]])[0], self._inspected([texts[0][cut:]])[0]
+            return [[*first, *(span.moved(cut) for span in second)]]
+        spans: list[list[Span]] = [[] for _ in texts]
+        for finding in result.findings:
+            [place], found = finding.location.content_locations, finding.location.codepoint_range
+            row = place.record_location.table_location.row_index
+            spans[row].append(Span(found.start, found.end, self._kinds[finding.info_type.name], finding.likelihood))
+        return spans
+
+    def _ask(self, request: dict[str, Any]) -> Any:
+        from google.api_core import exceptions, retry
+        from google.auth.exceptions import GoogleAuthError
+        from google.cloud import dlp_v2
+
+        passing = (exceptions.TooManyRequests, exceptions.ServiceUnavailable, exceptions.GatewayTimeout)
+        again = retry.Retry(retry.if_exception_type(*passing), initial=0.5, maximum=60.0, timeout=300.0)
+        try:
+            self._client = self._client or dlp_v2.DlpServiceClient()
+            return self._client.inspect_content(request=request, retry=again)
+        except (exceptions.GoogleAPIError, GoogleAuthError) as error:
+            why = str(error).strip().partition("\n")[0][:300]
+            raise ScreenError(f"screen.pii: Google Cloud DLP cannot be asked for {self._parent}: {why}") from error
+
+
+def _requests(texts: Sequence[str]) -> Iterator[tuple[list[tuple[int, int]], list[str]]]:
+    """The texts in portions that DLP takes, each piece with the number of its text and where in it it begins."""
+    places: list[tuple[int, int]] = []
+    pieces: list[str] = []
+    size = 0
+    for number, text in enumerate(texts):
+        start = 0
+        while start < len(text):
+            # A character has at most four bytes.
+            stop = start + _REQUEST_BYTES // 4
+            stop = _space(text, stop, start + 1) if stop < len(text) else len(text)
+            if pieces and (size + stop - start > _REQUEST_BYTES // 4 or len(pieces) == _REQUEST_TEXTS):
+                yield places, pieces
+                places, pieces, size = [], [], 0
+            places.append((number, start))
+            pieces.append(text[start:stop])
+            size, start = size + stop - start, stop
+    if pieces:
+        yield places, pieces
+
+
+def _space(text: str, before: int, after: int = 1) -> int:
+    """Where the last space in `text` between the two is, or else `before`."""
+    found = text.rfind(" ", after, before)
+    return before if found < 0 else found
+
+
+def _spacy(model: str) -> tuple[Any, Callable[[str], Any]]:
+    """What finds names in what the model read, and what reads a text.
+
+    Raises:
+        SpecError: Presidio or the model is not installed.
+    """
+    try:
+        import spacy
+        from presidio_analyzer.nlp_engine import SpacyNlpEngine
+        from presidio_analyzer.predefined_recognizers import SpacyRecognizer
+    except ImportError as error:
+        raise SpecError(_NO_PRESIDIO) from error
+    try:
+        loaded = spacy.load(model)  # Presidio would fetch one that is missing
+    except OSError as error:
+        message = f"screen.pii.model: {model} is no spaCy model that is installed, and no folder with one"
+        raise SpecError(message) from error
+    loaded.max_length = 2**31
+    language = str(loaded.lang)
+    engine = SpacyNlpEngine(models=[{"lang_code": language, "model_name": model}])
+    engine.nlp = {language: loaded}  # type: ignore[assignment]
+    return SpacyRecognizer(supported_language=language), lambda text: engine.process_text(text, language)
 
 
 def _recognizers(entity: str) -> list[Any]:
@@ -60,7 +230,7 @@ def _recognizers(entity: str) -> list[Any]:
     try:
         from presidio_analyzer import Pattern, PatternRecognizer, predefined_recognizers
     except ImportError as error:
-        raise SpecError("screen.pii: needs Presidio: pip install 'batchgen[pii]'") from error
+        raise SpecError(_NO_PRESIDIO) from error
 
     if entity == "EMAIL_ADDRESS":
         return [PatternRecognizer(entity, patterns=[Pattern("mail", _MAIL, 1.0)])]

@@ -8,12 +8,13 @@ Control characters, bidi marks and other oddities of real text pass: the model s
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from batchgen.pii import Finder
+from batchgen import pii
 from batchgen.record import Verdict
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class Screen:
     `finder` finds personal data; `skip` refuses rows that hold any, else it is masked, and `redacted` counts that.
     """
 
-    def __init__(self, finder: Finder | None = None, *, skip: bool = False) -> None:
+    def __init__(self, finder: pii.Finder | None = None, *, skip: bool = False) -> None:
         self._finder, self._skip = finder, skip
         self.redacted: Counter[str] = Counter()
 
@@ -48,30 +49,37 @@ class Screen:
         """The screen that a job file asks for.
 
         Raises:
-            SpecError: Presidio is wanted and not installed.
+            SpecError: as `pii.finder`.
         """
         if spec.pii == "off":
             return Screen()
-        return Screen(Finder(spec.pii.entities), skip=spec.pii.action == "skip")
+        return Screen(pii.finder(spec.pii), skip=spec.pii.action == "skip")
 
     def rows(self, rows: Iterable[Row]) -> Iterator[Row]:
-        """The same rows, with a verdict for each conversation that cannot be rendered or is not wanted."""
-        return judged(self._clean(row) for row in rows) if self._finder else judged(rows)
+        """The same rows, with a verdict for each conversation that cannot be rendered or is not wanted.
 
-    def _clean(self, row: Row) -> Row:
-        """The row without personal data, also where it is refused for something else."""
-        assert self._finder is not None
-        if row.messages is None:
-            return row
-        masked, found = [], Counter[str]()
-        for text in (*(message["content"] for message in row.messages), *row.ahead):
-            content, kinds = self._finder.redact(text)
-            masked.append(content)
-            found += kinds
-        if not found:
+        Raises:
+            ScreenError: as `pii.Finder.find`.
+        """
+        return judged(self._cleaned(self._finder, rows) if self._finder else rows)
+
+    def _cleaned(self, finder: pii.Finder, rows: Iterable[Row]) -> Iterator[Row]:
+        """The rows without personal data, also those that are refused for something else."""
+        stream = iter(rows)
+        while some := list(itertools.islice(stream, finder.at_once)):
+            texts = [[one["content"] for one in row.messages or ()] + list(row.ahead) for row in some]
+            found = iter(finder.find([text for own in texts for text in own]))
+            for row, own in zip(some, texts, strict=True):
+                yield self._clean(row, [pii.masked(text, next(found)) for text in own])
+
+    def _clean(self, row: Row, masked: list[tuple[str, Counter[str]]]) -> Row:
+        """The row with these texts in place of its own."""
+        found = sum((kinds for _, kinds in masked), Counter[str]())
+        if not found or row.messages is None:
             return row
         if not self._skip:
-            said, row.ahead = masked[: len(row.messages)], tuple(masked[len(row.messages) :])
+            contents = [content for content, _ in masked]
+            said, row.ahead = contents[: len(row.messages)], tuple(contents[len(row.messages) :])
             row.messages = [one | {"content": content} for one, content in zip(row.messages, said, strict=True)]
             self.redacted += found
             return row

@@ -39,7 +39,7 @@ _WORD_OR_MAPPING = Discriminator(lambda value: "<mapping>" if isinstance(value, 
 
 Text = Annotated[str, Field(min_length=1)]
 SamplingColumn = Literal["temperature", "top_p", "top_k", "max_tokens", "seed", "stop"]
-PiiEntity = Literal["EMAIL_ADDRESS", "PHONE_NUMBER", "CREDIT_CARD", "IBAN_CODE", "IP_ADDRESS"]
+PiiEntity = Literal["EMAIL_ADDRESS", "PHONE_NUMBER", "CREDIT_CARD", "IBAN_CODE", "IP_ADDRESS", "PERSON", "LOCATION"]
 StorageOptions = Annotated[
     dict[str, Any],
     Field(
@@ -83,8 +83,15 @@ class PiiSpec(_Part):
         default=("EMAIL_ADDRESS", "PHONE_NUMBER", "CREDIT_CARD", "IBAN_CODE", "IP_ADDRESS"),
         strict=False,
         min_length=1,
-        description="Kinds of personal data to look for.",
+        description="Kinds of personal data to look for; PERSON and LOCATION take a model, or dlp.",
     )
+    by: Literal["presidio", "dlp"] = Field(
+        default="presidio", description="presidio: patterns, on this machine; dlp: Google Cloud's service."
+    )
+    model: Text | None = Field(
+        default=None, description="presidio: spaCy model that finds PERSON and LOCATION, a package or folder."
+    )
+    project: Text | None = Field(default=None, description="dlp: Google Cloud project that is billed.")
 
 
 class ScreenSpec(_Part):
@@ -275,6 +282,17 @@ _IMPOSSIBLE: _Rules = {
         lambda v: v["input.system"] is not None and v["input.messages"] is not None
     ),
     "input.keep: names a column twice": lambda v: len(set(v["input.keep"])) < len(v["input.keep"]),
+    "screen.pii: PERSON and LOCATION have no pattern; name a spaCy model, or use by: dlp": (
+        lambda v: (
+            bool({"PERSON", "LOCATION"} & {*_pii(v, "entities")}) and not _pii(v, "model") and _pii(v, "by") != "dlp"
+        )
+    ),
+    "screen.pii: model is for presidio, and project for dlp; leave out what is not used": (
+        lambda v: bool(_pii(v, "model" if _pii(v, "by") == "dlp" else "project"))
+    ),
+    "screen.pii: by: dlp needs project, the Google Cloud project that is billed": (
+        lambda v: _pii(v, "by") == "dlp" and not _pii(v, "project")
+    ),
     "engine.options: the torch engine takes none; they are for vllm and rehearsal": (
         lambda v: v["engine.kind"] == "torch" and v["engine.options"] != {}
     ),
@@ -345,6 +363,10 @@ _IMPOSSIBLE: _Rules = {
 def _asked(v: Mapping[str, Any]) -> list[str]:
     """Which keys name a column of prompts."""
     return [name for name in ("messages", "prompt", "turns") if v[f"input.{name}"] is not None]
+
+
+def _pii(v: Mapping[str, Any], name: str) -> Any:
+    return v["screen.pii"].get(name, ()) if isinstance(v["screen.pii"], dict) else ()
 
 
 def _method(v: Mapping[str, Any]) -> str | None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import http.server
 import json
+import re
 import subprocess
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import polars as pl
 import pytest
@@ -16,7 +20,11 @@ from hypothesis import strategies as st
 
 pytest.importorskip("presidio_analyzer")
 
-from batchgen.pii import Finder
+from batchgen import job, pii, spec
+from batchgen.errors import ScreenError, SpecError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ROOT = Path(__file__).parents[1]
 NAMES = {
@@ -28,9 +36,19 @@ NAMES = {
 }
 
 
+class Redactor:
+    """One text at a time."""
+
+    def __init__(self, finder: pii.Finder) -> None:
+        self._finder = finder
+
+    def redact(self, text: str) -> tuple[str, Counter[str]]:
+        return pii.masked(text, *self._finder.find([text]))
+
+
 @pytest.fixture(scope="module")
-def finder() -> Finder:
-    return Finder(tuple(NAMES.values()))
+def finder() -> Redactor:
+    return Redactor(pii.Presidio(tuple(NAMES.values())))
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +144,155 @@ def test_no_secret_is_in_any_file_or_line_of_a_job(tmp_path, labelled, action):
         assert skipped.height == 0
         assert "masked in prompts: " in done.stdout
         assert "<CREDIT_CARD>" in str(table["messages"].to_list())
+
+
+@pytest.fixture(scope="module")
+def spacy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A spaCy model that knows two names by rules: as real as a trained one to who loads it, and a few kB."""
+    spacy = pytest.importorskip("spacy")
+    made = spacy.blank("en")
+    names = [{"label": "PERSON", "pattern": "Maria Okafor"}, {"label": "GPE", "pattern": "Lagos"}]
+    made.add_pipe("entity_ruler").add_patterns(names)
+    folder = tmp_path_factory.mktemp("model") / "names"
+    made.to_disk(folder)
+    return folder
+
+
+def test_names_are_found_by_a_spacy_model(spacy_model):
+    finder = Redactor(pii.Presidio(("EMAIL_ADDRESS", "PERSON", "LOCATION"), str(spacy_model)))
+    masked, kinds = finder.redact("Maria Okafor of Lagos, maria.okafor@example.com, met Jo.")
+    assert masked == "<PERSON> of <LOCATION>, <EMAIL_ADDRESS>, met Jo."
+    assert kinds == {"PERSON": 1, "LOCATION": 1, "EMAIL_ADDRESS": 1}
+    only = Redactor(pii.Presidio(("PERSON",), str(spacy_model)))
+    assert only.redact("Maria Okafor of Lagos")[0] == "<PERSON> of Lagos"
+
+
+def test_a_spacy_model_that_is_not_there_is_not_fetched():
+    with pytest.raises(SpecError, match="en_core_web_none is no spaCy model that is installed, and no folder with one"):
+        pii.Presidio(("PERSON",), "en_core_web_none")
+
+
+class Dlp(http.server.BaseHTTPRequestHandler):
+    """Answers `content:inspect` in the shapes that Google's documentation records: zeros are left out of its JSON."""
+
+    asked: ClassVar[list[dict[str, Any]]] = []
+    failures: ClassVar[list[int]] = []
+    truncated_above = 1000
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        type(self).asked.append(body | {"path": self.path})
+        if self.failures:
+            status = self.failures.pop(0)
+            self._answer(status, {"error": {"code": status, "message": "no", "status": STATUSES[status]}})
+            return
+        rows = [row["values"][0]["stringValue"] for row in body["item"]["table"]["rows"]]
+        findings = [
+            {
+                "infoType": {"name": "EMAIL_ADDRESS"},
+                "likelihood": "VERY_LIKELY",
+                "location": {
+                    "byteRange": _range(text[: found.start()].encode(), found[0].encode()),
+                    "codepointRange": _range(text[: found.start()], found[0]),
+                    "contentLocations": [
+                        {
+                            "recordLocation": {
+                                "fieldId": {"name": "text"},
+                                "tableLocation": {"rowIndex": str(i)} if i else {},
+                            }
+                        }
+                    ],
+                },
+                "createTime": "2019-03-08T23:55:10.980Z",
+            }
+            for i, text in enumerate(rows)
+            for found in re.finditer(r"\S+@\S+", text)
+        ]
+        result = {"findings": findings} if len(rows) <= self.truncated_above else {"findingsTruncated": True}
+        self._answer(200, {"result": result})
+
+    def _answer(self, status: int, body: dict[str, Any]) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+STATUSES = {403: "PERMISSION_DENIED", 429: "RESOURCE_EXHAUSTED"}
+
+
+def _range(before: str | bytes, found: str | bytes) -> dict[str, str]:
+    start = {"start": str(len(before))} if before else {}
+    return start | {"end": str(len(before) + len(found))}
+
+
+@pytest.fixture
+def dlp(monkeypatch: pytest.MonkeyPatch) -> Iterator[pii.CloudDlp]:
+    """Google's client, speaking REST to a server on loopback."""
+    dlp_v2 = pytest.importorskip("google.cloud.dlp_v2")
+    from google.auth.credentials import AnonymousCredentials
+    from google.cloud.dlp_v2.services.dlp_service.transports import DlpServiceRestTransport
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Dlp)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(Dlp, "asked", [])
+    monkeypatch.setattr(Dlp, "failures", [])
+    host = f"127.0.0.1:{server.server_port}"
+    transport = DlpServiceRestTransport(host=host, url_scheme="http", credentials=AnonymousCredentials())
+    client = dlp_v2.DlpServiceClient(transport=transport)
+    yield pii.CloudDlp(("EMAIL_ADDRESS", "CREDIT_CARD", "PERSON"), "my-project", client)
+    server.shutdown()
+    server.server_close()
+
+
+TEXTS = ["é jo@example.org", "nothing", "", "ann@example.org and bo@example.org"]
+
+
+def test_dlp_finds_what_it_says_where_it_says(dlp):
+    found = [pii.masked(text, spans)[0] for text, spans in zip(TEXTS, dlp.find(TEXTS), strict=True)]
+    assert found == ["é <EMAIL_ADDRESS>", "nothing", "", "<EMAIL_ADDRESS> and <EMAIL_ADDRESS>"]
+    [asked] = Dlp.asked
+    assert asked["path"].startswith("/v2/projects/my-project/locations/global/content:inspect")
+    names = [each["name"] for each in asked["inspectConfig"]["infoTypes"]]
+    assert names == ["EMAIL_ADDRESS", "CREDIT_CARD_NUMBER", "PERSON_NAME"]
+
+
+def test_dlp_is_asked_in_portions_and_again(dlp, monkeypatch):
+    monkeypatch.setattr(pii, "_REQUEST_BYTES", 40)
+    monkeypatch.setattr(Dlp, "truncated_above", 1)
+    Dlp.failures.append(429)
+    long = "x y@z.org " * 5
+    [spans, more] = dlp.find([long, "jo@example.org"])
+    assert pii.masked(long, spans)[0] == "x <EMAIL_ADDRESS> " * 5
+    assert [span.start for span in more] == [0]
+    sent = [row["values"][0]["stringValue"] for each in Dlp.asked for row in each["item"]["table"]["rows"]]
+    assert max(map(len, sent)) <= 10
+
+
+def test_a_refusal_of_dlp_ends_the_job_in_one_line(dlp):
+    Dlp.failures.append(403)
+    with pytest.raises(ScreenError, match=r"Google Cloud DLP cannot be asked for projects/my-project/.*403"):
+        dlp.find(["x"])
+
+
+def test_a_whole_job_screens_by_dlp(dlp, monkeypatch, tmp_path):
+    monkeypatch.setattr(pii, "finder", lambda spec: dlp)
+    chats = [[{"role": "user", "content": text or "hi"}] for text in TEXTS] * 50
+    pl.DataFrame({"messages": chats}).write_parquet(tmp_path / "in.parquet")
+    sections = {
+        "input": {"path": str(tmp_path / "in.parquet"), "messages": "messages"},
+        "screen": {"pii": {"action": "redact", "by": "dlp", "project": "my-project"}},
+        "model": {"target": "demo:smollm2-135m"},
+        "engine": {"kind": "rehearsal"},
+        "output": {"path": str(tmp_path / "out")},
+    }
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(sections))
+    job.submit(spec.load(str(tmp_path / "job.yaml")))
+    said = pl.read_parquet(tmp_path / "out/*.parquet")["messages"].list.last().struct.field("content").to_list()
+    assert said == ["é <EMAIL_ADDRESS>", "nothing", "hi", "<EMAIL_ADDRESS> and <EMAIL_ADDRESS>"] * 50
+    assert len(Dlp.asked) < 10
