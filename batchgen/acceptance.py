@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from batchgen import write
 from batchgen.errors import InputError
+from batchgen.record import STRETCH_TOKENS, Stretch
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from batchgen.store import Store
 
 _LENGTHS = {"length": "completion_tokens", "prompt_length": "prompt_tokens"}
+# Not a column but a part of a row.
+_POSITION = "position"
 _COUNTS = ("completion_tokens", "target_steps", "draft_steps", "draft_tokens", "accepted_tokens")
 _COLUMNS = ("row_id", "sample", "status", "prompt_tokens", *_COUNTS, "accepted_per_depth")
 # Of rows that are conversations a list, of which one leaf tells the length.
@@ -81,38 +84,48 @@ class Drift:
 def by(store: Store, output: str, columns: Sequence[str]) -> list[Group]:
     """All finished rows of a job's output, and those of each value of `columns` together, the lowest rate first.
 
-    A column is one of the output's, kept ones included, or `length` or `prompt_length`: tokens, up to powers of two.
+    A column is one of the output's, kept ones included, or `length` or `prompt_length`: tokens, up to powers of two; or
+    `position`: how far a row had come when its tokens were drafted, so that one row counts in several groups.
 
     Raises:
         InputError: the output has no parts, or no such column.
     """
-    import polars as pl
-
-    asked = [_LENGTHS.get(name, name) for name in columns]
-    sums = [
-        pl.len().alias("rows"),
-        pl.col(_ANSWERS).cast(pl.Int64).sum(),
-        *(pl.col(name).cast(pl.Int64).sum() for name in _COUNTS),
-    ]  # polars sums int32 in int32
-    a, d = pl.col("accepted_tokens").cast(pl.Float64), pl.col("draft_tokens").cast(pl.Float64)
-    sums += [(a * a).sum().alias("aa"), (a * d).sum().alias("ad"), (d * d).sum().alias("dd")]
-    keys = [_bucket(name).alias(f"by {name}") for name in columns] or [pl.lit("all").alias("by all")]
-    partial = []
+    asked = [_LENGTHS.get(name, "by_position" if name == _POSITION else name) for name in columns]
+    keys = [_bucket(name).alias(f"by {name}") for name in columns]
+    everything, partial = [], []
     for frame in _frames(store, _parts(store, output), [*_COLUMNS, *asked]):
-        deepest = int(frame["accepted_per_depth"].list.len().max() or 0)  # type: ignore[arg-type]
-        depth = pl.col("accepted_per_depth").list
-        depths = [depth.get(i, null_on_oob=True).cast(pl.Int64).sum().alias(f"depth {i:02d}") for i in range(deepest)]
-        partial.append(frame.group_by(keys).agg(*sums, *depths))
-    stacked = pl.concat(partial, how="diagonal_relaxed")
-    names = [name for name in stacked.columns if name.startswith("by ")]
-    numbers = [name for name in stacked.columns if name not in names]
-    together = stacked.group_by(names).agg(pl.col(numbers).sum())
-    total = together.select(pl.col(numbers).sum()).to_dicts()[0]
+        everything.append(_sums(frame, []))
+        partial.append(_sums(_by_position(frame) if _POSITION in columns else frame, keys))
+    total = _together(everything, []).to_dicts()[0]
     groups = [_group("all", total, total)]
     if columns:
-        found = [_group(", ".join(str(row[name]) for name in names), row, total) for row in together.to_dicts()]
+        names = [f"by {name}" for name in columns]
+        rows = _together(partial, names).to_dicts()
+        found = [_group(", ".join(str(row[name]) for name in names), row, total) for row in rows]
         groups += sorted(found, key=lambda group: (math.inf if group.rate is None else group.rate, group.name))
     return groups
+
+
+def _sums(frame: pl.DataFrame, keys: Sequence[pl.Expr]) -> pl.DataFrame:
+    """A row of sums for each value of `keys`."""
+    import polars as pl
+
+    # polars sums int32 in int32.
+    sums = [pl.len().alias("rows"), *(pl.col(name).cast(pl.Int64).sum() for name in (_ANSWERS, *_COUNTS))]
+    a, d = pl.col("accepted_tokens").cast(pl.Float64), pl.col("draft_tokens").cast(pl.Float64)
+    sums += [(a * a).sum().alias("aa"), (a * d).sum().alias("ad"), (d * d).sum().alias("dd")]
+    deepest = int(frame["accepted_per_depth"].list.len().max() or 0)  # type: ignore[arg-type]
+    depth = pl.col("accepted_per_depth").list
+    sums += [depth.get(i, null_on_oob=True).cast(pl.Int64).sum().alias(f"depth {i:02d}") for i in range(deepest)]
+    return frame.group_by(keys).agg(sums) if keys else frame.select(sums)
+
+
+def _together(partial: Sequence[pl.DataFrame], names: Sequence[str]) -> pl.DataFrame:
+    import polars as pl
+
+    stacked = pl.concat(partial, how="diagonal_relaxed")
+    sums = [pl.col(name).sum() for name in stacked.columns if name not in names]
+    return stacked.group_by(names).agg(sums) if names else stacked.select(sums)
 
 
 def against(store: Store, output: str, other: Store, before: str) -> Drift:
@@ -195,9 +208,29 @@ def _group(name: str, row: dict[str, Any], total: dict[str, Any]) -> Group:
     )
 
 
+def _by_position(frame: pl.DataFrame) -> pl.DataFrame:
+    """A row for each stretch of a row's output in which it ran."""
+    import polars as pl
+
+    stretch = pl.col("by_position").struct
+    fields = [stretch.field(name) for name in Stretch._fields]
+    # Each pass gives a token beside the accepted ones.
+    tokens = stretch.field("accepted_tokens") + stretch.field("target_steps")
+    found = (
+        frame.with_columns(pl.int_ranges(pl.col("by_position").list.len()).alias(_POSITION))
+        .explode("by_position", _POSITION)
+        .filter(stretch.field("target_steps") > 0)
+    )
+    replaced = [*fields, tokens.alias("completion_tokens"), pl.lit(0).alias(_ANSWERS)]
+    return found.with_columns(*replaced, pl.lit([], pl.List(pl.Int32)).alias("accepted_per_depth"))
+
+
 def _bucket(name: str) -> pl.Expr:
     import polars as pl
 
+    if name == _POSITION:
+        first = STRETCH_TOKENS * 2 ** (pl.col(name) - 1)
+        return pl.when(pl.col(name) == 0).then(pl.lit("from 0")).otherwise(pl.format("from {}", first.cast(pl.Int64)))
     if name not in _LENGTHS:
         return pl.col(name)
     tokens = pl.col(_LENGTHS[name]).clip(lower_bound=1).cast(pl.Float64)

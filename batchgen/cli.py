@@ -159,7 +159,7 @@ def status(spec: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @main.command()
 @_SPEC
 @_SET
-@click.option("--by", metavar="COLUMN,...", help="Columns of the output, and length or prompt_length.")
+@click.option("--by", metavar="COLUMN,...", help="Columns of the output; length, prompt_length, position.")
 @click.option("--against", metavar="FOLDER", help="The output folder of another run, of other days or another head.")
 @click.option("--max-drift", type=click.FloatRange(0, 1), help="Exit with 1 if acceptance surely fell by more.")
 @_JSON

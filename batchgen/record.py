@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 
 from batchgen.errors import SpecError
 
@@ -147,6 +147,21 @@ class Request:
         return "\0".join(map(str, (self.sampling.seed, self.row_id, self.sample, *turn)))
 
 
+STRETCH_TOKENS = 32
+
+
+class Stretch(NamedTuple):
+    """What speculation did from one output position to another: 0 to 31, 32 to 63, 64 to 127, each twice as long."""
+
+    target_steps: int = 0
+    draft_steps: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+
+    def __add__(self, other: Stretch) -> Stretch:  # type: ignore[override]
+        return Stretch(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+
+
 @dataclasses.dataclass(slots=True)
 class Acceptance:
     """What speculation did for one sample.
@@ -159,11 +174,19 @@ class Acceptance:
     draft_steps: int = 0
     draft_tokens: int = 0
     accepted_per_depth: list[int] = dataclasses.field(default_factory=list)
+    by_position: list[Stretch] = dataclasses.field(default_factory=list)
 
     @property
     def accepted_tokens(self) -> int:
         """Draft tokens that are part of the completion."""
         return sum(self.accepted_per_depth)
+
+    def note(self, position: int, drafted: int, accepted: int) -> None:
+        """Count a target pass whose first token is output token `position` (0 for the first) in `by_position`."""
+        place = (position // STRETCH_TOKENS).bit_length()
+        while len(self.by_position) <= place:
+            self.by_position.append(Stretch())
+        self.by_position[place] += Stretch(1, int(drafted > 0), drafted, accepted)
 
 
 @dataclasses.dataclass(slots=True)
@@ -216,6 +239,7 @@ _FACTS = (
     ("acceptance_rate", "float32"),
     ("acceptance_length", "float32"),
     ("accepted_per_depth", "list<int32>"),
+    ("by_position", "stretches"),
     ("queue_s", "float32"),
     ("prefill_s", "float32"),
     ("decode_s", "float32"),
@@ -251,6 +275,7 @@ def output_schema(kept: list[pa.Field], *, token_ids: bool = True, answers: bool
     }
     counts = ("start", "stop", "target_steps", "draft_steps", "draft_tokens", "accepted_tokens")
     answer = [("finish_reason", pa.string()), *((name, pa.int32()) for name in counts)]
+    types["stretches"] = pa.list_(pa.struct([(name, pa.int32()) for name in Stretch._fields]))
     types["answers"] = pa.list_(pa.struct(answer))
     columns = _TEXT + (_TOKEN_IDS if token_ids else ()) + (_ANSWERS if answers else ()) + _FACTS
     fields = [pa.field(name, types[of]) for name, of in _KEY]
@@ -289,6 +314,7 @@ def finished(row: Row, completion: Completion, *, engine: str, worker: str, shar
         "acceptance_rate": acceptance.accepted_tokens / drafted if drafted else None,
         "acceptance_length": passes / acceptance.target_steps if acceptance.target_steps else None,
         "accepted_per_depth": acceptance.accepted_per_depth,
+        "by_position": [stretch._asdict() for stretch in acceptance.by_position] or None,
         "queue_s": sum(each.queue_s for each in done),
         "prefill_s": sum(each.prefill_s for each in done),
         "decode_s": sum(each.decode_s for each in done),
@@ -300,11 +326,13 @@ def finished(row: Row, completion: Completion, *, engine: str, worker: str, shar
 
 def _sum(of: list[Acceptance]) -> Acceptance:
     depths = itertools.zip_longest(*(each.accepted_per_depth for each in of), fillvalue=0)
+    stretches = itertools.zip_longest(*(each.by_position for each in of), fillvalue=Stretch())
     return Acceptance(
         sum(each.target_steps for each in of),
         sum(each.draft_steps for each in of),
         sum(each.draft_tokens for each in of),
         [sum(counts) for counts in depths],
+        [sum(some, Stretch()) for some in stretches],
     )
 
 

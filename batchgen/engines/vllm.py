@@ -343,13 +343,20 @@ def _acceptance(steps: int, counted: Any) -> Acceptance:
         return Acceptance(target_steps=steps)
     most = max(counted.per_step_accepted, default=0)
     draft_steps = sum(drafted > 0 for drafted in counted.per_step_drafted)
-    return Acceptance(
+    acceptance = Acceptance(
         # A prompt of which all but one token was cached is read by a step that vLLM fills with drafts.
         target_steps=max(steps, draft_steps),
         draft_steps=draft_steps,
         draft_tokens=counted.num_draft_tokens,
         accepted_per_depth=[sum(num > depth for num in counted.per_step_accepted) for depth in range(most)],
     )
+    # Of steps without drafts vLLM tells nothing, so where there were some, positions are not known.
+    if draft_steps == acceptance.target_steps:
+        position = 1
+        for drafted, accepted in zip(counted.per_step_drafted, counted.per_step_accepted, strict=True):
+            acceptance.note(position, drafted, accepted)
+            position += accepted + 1
+    return acceptance
 
 
 def _seed(request: Request) -> int | None:

@@ -300,7 +300,9 @@ class TorchEngine:
         stats.target_steps += 1
         stats.draft_steps += num_drafted > 0
         stats.draft_tokens += num_drafted
+        position = row.num_output
         num_kept = min(len(walked.path), self._append(row, walked.tokens))
+        stats.note(position, num_drafted, num_kept)
         stats.accepted_per_depth += [0] * (max(tree.depths) - len(stats.accepted_per_depth))
         for depth in range(num_kept):
             stats.accepted_per_depth[depth] += 1

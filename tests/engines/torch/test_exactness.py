@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from batchgen.engines.torch.forest import Shape
-from batchgen.record import Request, Sampling
+from batchgen.record import Request, Sampling, Stretch
 
 from .conftest import GREEDY, SAMPLED
 
@@ -76,6 +76,8 @@ def test_counts_add_up(bench, prompts, tree):
         a = c.acceptance
         assert a.accepted_tokens == sum(a.accepted_per_depth)
         assert a.draft_steps <= a.target_steps
+        assert sum(a.by_position, Stretch()) == (a.target_steps, a.draft_steps, a.draft_tokens, a.accepted_tokens)
+        assert len(a.by_position) <= (len(c.token_ids) // 32).bit_length() + 1
         # A step emits its accepted tokens and one more, unless the row ended inside the accepted path.
         assert len(c.token_ids) - 1 - a.accepted_tokens in (a.target_steps, a.target_steps - 1)
         if tree is None:

@@ -16,7 +16,7 @@ import pytest
 
 from batchgen import engines, spec
 from batchgen.errors import ModelError, SpecError
-from batchgen.record import Sampling
+from batchgen.record import Sampling, Stretch
 
 from .conftest import ROOT, run
 
@@ -53,6 +53,9 @@ def test_each_rows_counts_sum_to_vllms_own(vllm, demo):
     assert num_preempted > 0
     for c in done:
         assert c.acceptance.target_steps >= c.acceptance.draft_steps
+        if stretches := c.acceptance.by_position:
+            total = sum(stretches, Stretch())
+            assert total[1:] == (c.acceptance.draft_steps, c.acceptance.draft_tokens, c.acceptance.accepted_tokens)
         assert len(c.token_ids) <= 1 + c.acceptance.target_steps + c.acceptance.accepted_tokens
 
 
