@@ -103,7 +103,8 @@ def run(spec: Spec, form: str, to: str, chosen: Selection, *, states: str | None
 
     def manifest(*, complete: bool) -> None:
         facts = {"form": form, "complete": complete, **dataclasses.asdict(chosen)}
-        facts |= {"rows": export.rows, "held_out": export.held_out, "train_data_ratio": export.train_data_ratio}
+        names = ("rows", "held_out", "tokens", "target_tokens", "train_data_ratio")
+        facts |= {name: getattr(export, name) for name in names}
         sink.put(f"{folder}/{MANIFEST}", json.dumps(facts, indent=2).encode())
 
     manifest(complete=False)  # whoever is interrupted here may begin again
