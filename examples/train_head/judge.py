@@ -4,7 +4,7 @@
     python examples/train_head/judge.py outputs/head --set engine.kind=vllm --json judged.json
 
 prints for each head and set the acceptance length and how often the token at each depth was accepted, of all passes
-that drafted; the length is 1 + the sum of these. The rows stand below `--to`, so that `batchgen report` can look closer;
+that drafted; the length is 1 + the sum of these. The rows stand below `--to`, for `batchgen report` to look closer;
 what was judged before is not judged again.
 """
 
