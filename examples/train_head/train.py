@@ -41,6 +41,17 @@ def on_cpu() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 0) or len(os.sched_getaffinity(0)))
 
 
+def begun(head: Path, folder: Path, target: Path) -> Path:
+    """A copy of a head whose config says where its target is on this machine: there the trainer looks for weights."""
+    config = json.loads((head / "config.json").read_text())
+    config["speculators_config"]["verifier"]["name_or_path"] = str(target)
+    copy = folder / "begun"
+    copy.mkdir()
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "model.safetensors").symlink_to((head / "model.safetensors").absolute())
+    return copy
+
+
 def publish(trained: Path, to: Path, target: str) -> None:
     """Write a trained checkpoint as engines take it, without its copy of the target's embedding."""
     config = json.loads((trained / "config.json").read_text())
@@ -81,7 +92,10 @@ def main() -> None:
             "hidden-states-dtype": "bfloat16",
             "train-data-ratio": manifest["train_data_ratio"],
         }
-        settings |= {"from-pretrained": models.fetch(args.head).path} if args.head else {"draft-vocab-size": 8192}
+        if args.head:
+            settings["from-pretrained"] = begun(models.fetch(args.head).path, Path(folder), target.path)
+        else:
+            settings["draft-vocab-size"] = 8192
         given = [f"--{name}={value}" for name, value in settings.items()]
         given += [] if args.head else ["--norm-output", "--norm-before-fc", "--no-norm-before-residual"]
         train(TrainConfig.resolve([*given, *([] if gpu else ON_CPU), *args.trainer]))
