@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save, save_file
 
 from batchgen import models
 
@@ -42,13 +42,21 @@ def on_cpu() -> None:
 
 
 def begun(head: Path, folder: Path, target: Path) -> Path:
-    """A copy of a head whose config says where its target is on this machine: there the trainer looks for weights."""
+    """A copy of a head that has the target's embedding and says where on this machine the target is.
+
+    The trainer takes an embedding that a checkpoint lacks for a new one, and draws it.
+    """
     config = json.loads((head / "config.json").read_text())
     config["speculators_config"]["verifier"]["name_or_path"] = str(target)
+    from speculators.utils.loading import load_model_layers
+
     copy = folder / "begun"
     copy.mkdir()
     (copy / "config.json").write_text(json.dumps(config))
-    (copy / "model.safetensors").symlink_to((head / "model.safetensors").absolute())
+    tensors = load_file(head / "model.safetensors")
+    if "embed_tokens.weight" not in tensors:
+        tensors["embed_tokens.weight"] = load_model_layers(["embed_tokens.weight"], str(target))["embed_tokens.weight"]
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
     return copy
 
 
