@@ -91,23 +91,23 @@ def by(store: Store, output: str, columns: Sequence[str]) -> list[Group]:
         InputError: the output has no parts, or no such column.
     """
     asked = [_LENGTHS.get(name, "by_position" if name == _POSITION else name) for name in columns]
-    keys = [_bucket(name).alias(f"by {name}") for name in columns]
+    names = [f"by {name}" for name in columns]
     everything, partial = [], []
     for frame in _frames(store, _parts(store, output), [*_COLUMNS, *asked]):
         everything.append(_sums(frame, []))
-        partial.append(_sums(_by_position(frame) if _POSITION in columns else frame, keys))
+        keyed = frame.with_columns(_bucket(name).alias(f"by {name}") for name in columns if name != _POSITION)
+        partial.append(_sums(_by_position(keyed) if _POSITION in columns else keyed, names))
     total = _together(everything, []).to_dicts()[0]
     groups = [_group("all", total, total)]
     if columns:
-        names = [f"by {name}" for name in columns]
         rows = _together(partial, names).to_dicts()
         found = [_group(", ".join(str(row[name]) for name in names), row, total) for row in rows]
         groups += sorted(found, key=lambda group: (math.inf if group.rate is None else group.rate, group.name))
     return groups
 
 
-def _sums(frame: pl.DataFrame, keys: Sequence[pl.Expr]) -> pl.DataFrame:
-    """A row of sums for each value of `keys`."""
+def _sums(frame: pl.DataFrame, names: Sequence[str]) -> pl.DataFrame:
+    """A row of sums for each value of the columns `names`."""
     import polars as pl
 
     # polars sums int32 in int32.
@@ -117,7 +117,7 @@ def _sums(frame: pl.DataFrame, keys: Sequence[pl.Expr]) -> pl.DataFrame:
     deepest = int(frame["accepted_per_depth"].list.len().max() or 0)  # type: ignore[arg-type]
     depth = pl.col("accepted_per_depth").list
     sums += [depth.get(i, null_on_oob=True).cast(pl.Int64).sum().alias(f"depth {i:02d}") for i in range(deepest)]
-    return frame.group_by(keys).agg(sums) if keys else frame.select(sums)
+    return frame.group_by(names).agg(sums) if names else frame.select(sums)
 
 
 def _together(partial: Sequence[pl.DataFrame], names: Sequence[str]) -> pl.DataFrame:
@@ -217,20 +217,19 @@ def _by_position(frame: pl.DataFrame) -> pl.DataFrame:
     # Each pass gives a token beside the accepted ones.
     tokens = stretch.field("accepted_tokens") + stretch.field("target_steps")
     found = (
-        frame.with_columns(pl.int_ranges(pl.col("by_position").list.len()).alias(_POSITION))
-        .explode("by_position", _POSITION)
+        frame.with_columns(pl.int_ranges(pl.col("by_position").list.len()).alias("place"))
+        .explode("by_position", "place")
         .filter(stretch.field("target_steps") > 0)
     )
+    first = pl.when(pl.col("place") > 0).then(STRETCH_TOKENS * 2 ** (pl.col("place") - 1)).otherwise(0).cast(pl.Int64)
     replaced = [*fields, tokens.alias("completion_tokens"), pl.lit(0).alias(_ANSWERS)]
+    replaced.append(pl.format("from {}", first).alias(f"by {_POSITION}"))
     return found.with_columns(*replaced, pl.lit([], pl.List(pl.Int32)).alias("accepted_per_depth"))
 
 
 def _bucket(name: str) -> pl.Expr:
     import polars as pl
 
-    if name == _POSITION:
-        first = STRETCH_TOKENS * 2 ** (pl.col(name) - 1)
-        return pl.when(pl.col(name) == 0).then(pl.lit("from 0")).otherwise(pl.format("from {}", first.cast(pl.Int64)))
     if name not in _LENGTHS:
         return pl.col(name)
     tokens = pl.col(_LENGTHS[name]).clip(lower_bound=1).cast(pl.Float64)

@@ -19,7 +19,6 @@ from pyarrow import types
 from batchgen import dedupe, job, read
 from batchgen.errors import DrainedError, OutputConflictError
 from batchgen.record import Message
-from batchgen.screen import Screen
 from batchgen.store import STATE_FOLDER, connect
 
 if TYPE_CHECKING:
@@ -95,7 +94,7 @@ def _done(sink: Store, folder: str, found: Job) -> dict[str, dict[str, Any]]:
 
 def _screened(found: Job, sink: Store, folder: str, shard: Shard) -> dict[str, Any]:
     """Store the shard's rows that pass."""
-    screen = Screen.of(found.spec.screen)  # its own, for its counts
+    screen = found.kit.screen.fresh()  # its own, for its counts
     source: Iterable[Row] = read.rows(found.source, shard, found.columns, found.sampling)
     kind = found.spec.screen.dedupe
     if kind != "off":
@@ -114,7 +113,8 @@ def _screened(found: Job, sink: Store, folder: str, shard: Shard) -> dict[str, A
             refused[f"{row.verdict.status}: {row.verdict.error_type}"] += 1
             del said[row.index]
     table = read.table(found.source, shard).take([index - shard.start for index in said])
-    if screen.redacted:
+    # Of turns, answers are left out of what was screened, so that they cannot stay where personal data is not wanted.
+    if screen.redacted or (found.columns.turns is not None and found.spec.screen.pii != "off"):
         table = _told(table, list(said.values()), found.columns)
     facts = {"kept": len(said), "refused": refused, "redacted": screen.redacted}
     sink_bytes = io.BytesIO()
@@ -136,7 +136,10 @@ def _told(table: pa.Table, conversations: Sequence[Sequence[Message]], columns: 
         texts = [[one["content"] for one in told if one["role"] == "user"] for told in conversations]
         # As JSON text a list of texts and one of messages are both read.
         kept = any(one["role"] == "system" for told in conversations for one in told) and columns.system is None
-        table = _with_lists(table, columns.turns, conversations if chats or kept else texts)
+        # A system message stands in its own column, where there is one.
+        apart = columns.system is not None
+        spoken = [[one for one in told if not (apart and one["role"] == "system")] for told in conversations]
+        table = _with_lists(table, columns.turns, spoken if chats or kept else texts)
     for name, role in ((columns.system, "system"), (columns.prompt, "user")):
         if name is not None:
             at = table.schema.get_field_index(name)

@@ -5,9 +5,10 @@ Files count in the order in which they were first seen: one that comes later and
 row a repetition. Equal is what would be generated from the same messages under the same sampling, character for
 character; a row that is an error by itself neither repeats nor is repeated.
 
-Nearly equal (`near`) is what shares a band of its MinHash signature (rensa's, of groups of 5 characters in lower case;
-locality-sensitive hashing, Leskovec et al., Mining of Massive Datasets, 3.4): with 16 bands of 8 values, of two texts
-that have a share s of their groups in common, with a chance of 1 - (1 - s^8)^16: 0.95 at 0.8, 0.06 at 0.5.
+Nearly equal (`near`, 128 bytes each) is what shares a band of its MinHash signature (rensa's, of groups of 5 characters
+of what is said to the target, in lower case; locality-sensitive hashing, Leskovec et al., Mining of Massive Datasets,
+3.4): with 16 bands of 8 values, of two texts that have a share s of their groups in common, with a chance of
+1 - (1 - s^8)^16: 0.95 at 0.8, 0.06 at 0.5. System messages must be equal.
 """
 
 from __future__ import annotations
@@ -119,7 +120,8 @@ def _url(output: str, name: str) -> str:
 def _key(file: str, version: str, columns: Columns, kind: Kind) -> str:
     """Names what is kept of one version of a file, read by these columns."""
     names = (columns.messages, columns.prompt, columns.turns, columns.system, columns.id)
-    which = (kind, names, sorted(columns.sampling.items()))
+    method = kind if kind == "exact" else f"near {_rensa().RMinHash.ALGORITHM_VERSION}"
+    which = (method, names, sorted(columns.sampling.items()))
     return hashlib.sha256(json.dumps((file, version, which)).encode()).hexdigest()[:16]
 
 
@@ -164,23 +166,30 @@ def _exact(row: Row) -> np.ndarray:
 
 
 def _near() -> Callable[[Row], np.ndarray]:
-    try:
-        from rensa import RMinHash
-    except ImportError as error:
-        raise SpecError("screen.dedupe: near needs rensa: pip install 'batchgen[near]'") from error
     bands, _ = _KEPT["near"]
+    make = _rensa().RMinHash
 
     def hashes(row: Row) -> np.ndarray:
-        text = " ".join("\n".join(f"{role} {content}" for role, content in _asked(row)).lower().split())
-        signature = RMinHash(num_perm=bands * _BAND_VALUES, seed=1)
+        asked = _asked(row)
+        text = " ".join(" ".join(content for role, content in asked if role != "system").lower().split())
+        signature = make(num_perm=bands * _BAND_VALUES, seed=1)
         signature.update([text[at : at + _GROUP] for at in range(max(1, len(text) - _GROUP + 1))])
-        # Of the same question under another temperature both answers are wanted.
-        salt = hashlib.blake2b(json.dumps(dataclasses.astuple(row.sampling)).encode(), digest_size=16).digest()
+        # Under another system message or temperature the same question gets another answer.
+        rest = [content for role, content in asked if role == "system"], dataclasses.astuple(row.sampling)
+        salt = hashlib.blake2b(json.dumps(rest).encode(), digest_size=16).digest()
         values = np.array(signature.digest(), "<u8").reshape(bands, _BAND_VALUES)
         digests = b"".join(hashlib.blake2b(band.tobytes(), digest_size=8, salt=salt).digest() for band in values)
         return np.frombuffer(digests, "<u8")[:, None]
 
     return hashes
+
+
+def _rensa() -> Any:
+    try:
+        import rensa
+    except ImportError as error:
+        raise SpecError("screen.dedupe: near needs rensa: pip install 'batchgen[near]'") from error
+    return rensa
 
 
 def _asked(row: Row) -> list[tuple[str, str]]:
@@ -191,54 +200,94 @@ def _asked(row: Row) -> list[tuple[str, str]]:
 def _repeated(
     sink: Store, output: str, ranked: Sequence[tuple[str, File]], kind: Kind, check: Callable[[], None]
 ) -> dict[str, pa.Table]:
-    """For each key the rows that repeat an earlier one: `index`, and the first one's `file` and `row`."""
+    """For each key the rows that repeat an earlier one: `index`, and that one's `file` and `row`."""
     import polars as pl
 
-    num_rows = sum(file.num_rows for _, file in ranked)
-    buckets = max(1, math.ceil(num_rows / _ROWS_AT_ONCE))
-    empty = pl.DataFrame(schema={"rank": pl.UInt32, "index": pl.UInt32, "first": pl.UInt32, "row": pl.UInt32})
-    found = [empty]
-    for band, bucket in itertools.product(range(_KEPT[kind][0]), range(buckets)):
-        check()
-        frames = [
-            _frame(_band(sink, output, *one, kind, band), rank).filter(pl.col("a") % buckets == bucket)
-            for rank, one in enumerate(ranked)
-        ]
-        # Frames come in the files' order, so the first of equal rows is the one to keep.
-        rows = pl.concat(frames) if frames else pl.DataFrame()
-        firsts = rows.group_by("a", "b").agg(pl.len(), pl.col("rank").first(), pl.col("index").first())
-        firsts = firsts.filter(pl.col("len") > 1).rename({"rank": "first", "index": "row"}).drop("len")
-        again = rows.join(firsts, on=["a", "b"], how="inner")
-        other = (pl.col("rank") != pl.col("first")) | (pl.col("index") != pl.col("row"))
-        found.append(again.filter(other).select(empty.columns))
-    every = pl.concat(found).sort("first", "row").unique(["rank", "index"], keep="first")
+    starts = np.cumsum([0, *(file.num_rows for _, file in ranked)])
+    again, first = _greedy(*_alike(sink, output, ranked, kind, starts, check))
+    rank = np.searchsorted(starts, first, side="right") - 1
     names = pl.Series("file", [file.url for _, file in ranked], pl.String)
     tables = {}
-    for rank, (key, _) in enumerate(ranked):
-        mine = every.filter(pl.col("rank") == rank).sort("index")
-        tables[key] = mine.select("index", names.gather(mine["first"]).alias("file"), "row").to_arrow()
+    for (key, _), low, high in zip(ranked, starts[:-1], starts[1:], strict=True):
+        at = slice(*np.searchsorted(again, [low, high]))
+        facts = {"index": (again[at] - low).astype(np.uint32), "file": names.gather(rank[at])}
+        tables[key] = pl.DataFrame(facts | {"row": (first[at] - starts[rank[at]]).astype(np.uint32)}).to_arrow()
     return tables
 
 
-def _band(sink: Store, output: str, key: str, file: File, kind: Kind, band: int) -> np.ndarray:
-    """One hash of each row of a file."""
+def _alike(
+    sink: Store,
+    output: str,
+    ranked: Sequence[tuple[str, File]],
+    kind: Kind,
+    starts: np.ndarray,
+    check: Callable[[], None],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows that share a hash, counted over all files, and the number of the group that it makes, in the rows' order."""
+    import polars as pl
+
+    bands, _ = _KEPT[kind]
+    num_rows = int(starts[-1])
+    buckets = max(1, math.ceil(num_rows / _ROWS_AT_ONCE))
+    num_groups = 0
+    found = [pl.DataFrame(schema={"at": pl.UInt64, "group": pl.UInt64})]
+    # A request for each file, where all of it can be kept.
+    whole = [_kept(sink, output, *one, kind) for one in ranked] if bands * num_rows <= 2 * _ROWS_AT_ONCE else None
+    for band in range(bands):
+        if whole is not None:
+            hashes = [each[band] for each in whole]
+        else:
+            hashes = [_kept(sink, output, *one, kind, band)[0] for one in ranked]
+        for bucket in range(buckets if ranked else 0):
+            check()
+            frames = [_frame(each, int(start)) for each, start in zip(hashes, starts, strict=False)]
+            rows = pl.concat(frames).filter(pl.col("a") % buckets == bucket)
+            groups = rows.group_by("a", "b").len().filter(pl.col("len") > 1).with_row_index("group", num_groups)
+            num_groups += groups.height
+            alike = rows.join(groups, on=["a", "b"], how="inner")
+            found.append(alike.select(pl.col("at", "group").cast(pl.UInt64)))
+    every = pl.concat(found).sort("at", maintain_order=True)
+    return every["at"].to_numpy(), every["group"].to_numpy()
+
+
+def _greedy(at: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows that share a group with an earlier one that stays, and that one; `at` is in order.
+
+    So a row that is left out leaves nobody else out: likeness does not pass along.
+    """
+    stays = np.full(1 + int(group.max(initial=0)), -1, np.int64)
+    again, first = [], []
+    edges = np.flatnonzero(np.diff(at.astype(np.int64), prepend=-1, append=-1))
+    for begin, end in itertools.pairwise(edges):
+        mine = group[begin:end]
+        known = stays[mine]
+        if (known >= 0).any():
+            again.append(int(at[begin]))
+            first.append(int(known[known >= 0].min()))
+        else:
+            stays[mine] = at[begin]
+    return np.array(again, np.int64), np.array(first, np.int64)
+
+
+def _kept(sink: Store, output: str, key: str, file: File, kind: Kind, band: int | None = None) -> np.ndarray:
+    """The hashes of a file's rows [bands, rows, words], or those of one band."""
     url, (bands, words) = _url(output, f"{key}.hashes"), _KEPT[kind]
-    size = 8 * words * file.num_rows
+    size, asked = 8 * words * file.num_rows, bands if band is None else 1
     with sink.open(url) as stream:
         found = stream.seek(0, io.SEEK_END)
         if found != bands * size:
             raise CorruptOutputError(f"{url}: holds {found} bytes, not {bands * size}; remove it and submit again")
-        stream.seek(band * size)
-        return np.frombuffer(stream.read(size), "<u8").reshape(file.num_rows, words)
+        stream.seek((band or 0) * size)
+        data = stream.read(asked * size)
+    return np.frombuffer(data, "<u8").reshape(asked, file.num_rows, words)
 
 
-def _frame(hashes: np.ndarray, rank: int) -> pl.DataFrame:
-    """The compared rows of one file, in their order."""
+def _frame(hashes: np.ndarray, start: int) -> pl.DataFrame:
+    """The compared rows of one file, counted from `start` on."""
     import polars as pl
 
-    frame = pl.DataFrame({"a": hashes[:, 0], "b": hashes[:, -1]}).with_row_index("index")
-    frame = frame.filter((pl.col("a") != 0) | (pl.col("b") != 0))
-    return frame.with_columns(pl.lit(rank, pl.UInt32).alias("rank"))
+    frame = pl.DataFrame({"a": hashes[:, 0], "b": hashes[:, -1]}).with_row_index("at", start)
+    return frame.filter((pl.col("a") != 0) | (pl.col("b") != 0))
 
 
 def _encode(table: Any) -> bytes:

@@ -205,7 +205,7 @@ def _unfit(frame: pl.DataFrame) -> pl.Series:
 
     cut_off, thoughts = pl.col("finish_reason") != "stop", pl.col("completion").str.contains(_THOUGHTS)
     if "answers" in frame.columns:
-        cut_off |= pl.col("answers").list.eval(pl.element().struct.field("finish_reason") != "stop").list.any()
+        cut_off = pl.col("answers").list.eval(pl.element().struct.field("finish_reason") != "stop").list.any()
         role, content = (pl.element().struct.field(name) for name in ("role", "content"))
         own = (role == "assistant") & content.str.contains(_THOUGHTS)
         thoughts |= pl.col("messages").list.eval(own).list.any()

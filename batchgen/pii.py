@@ -8,6 +8,7 @@ mail addresses with letters beyond ASCII, whose domain Presidio would look up on
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -34,10 +35,13 @@ NAMED = ("PERSON", "LOCATION")
 _INFO_TYPES = {"CREDIT_CARD": "CREDIT_CARD_NUMBER", "PERSON": "PERSON_NAME"}  # DLP's names, where they differ
 # DLP takes half a megabyte a request.
 _REQUEST_BYTES, _REQUEST_TEXTS = 400_000, 256
+_PATIENCE_S = 120.0  # no row makes a step meanwhile
+# Of a text that is cut, so that nothing shorter falls between two pieces.
+_SHARED = 200
 
 
 class Span(NamedTuple):
-    """Personal data of a `kind` at characters `start` to `stop`; of those that overlap the surer one counts."""
+    """Personal data of a `kind` at characters `start` <= i < `stop`; a higher `score` is surer."""
 
     start: int
     stop: int
@@ -50,7 +54,7 @@ class Span(NamedTuple):
 
 
 class Finder(Protocol):
-    """Finds personal data, best in `at_once` texts at a time."""
+    """Finds personal data, best in `at_once` conversations at a time."""
 
     at_once: int
 
@@ -75,16 +79,25 @@ def finder(spec: PiiSpec) -> Finder:
 
 
 def masked(text: str, spans: Sequence[Span]) -> tuple[str, Counter[str]]:
-    """The text with `<KIND>` where personal data was, and how often each kind was."""
-    taken: list[Span] = []
-    for span in sorted(spans, key=lambda span: (-span.score, span.start - span.stop, span.start)):
-        if all(span.stop <= other.start or other.stop <= span.start for other in taken):
-            taken.append(span)
-    pieces, at = [], 0
-    for span in sorted(taken):
-        pieces += [text[at : span.start], f"<{span.kind}>"]
-        at = span.stop
-    return "".join([*pieces, text[at:]]), Counter(span.kind for span in taken)
+    """The text with `<KIND>` where personal data was, and how often each kind was.
+
+    Where spans overlap the surest kind counts, and what another one has beyond it is masked as well.
+    """
+    kinds: list[str | None] = [None] * len(text)
+    for span in sorted(spans, key=lambda span: (span.score, span.stop - span.start, -span.start)):
+        kinds[span.start : span.stop] = [span.kind] * (span.stop - span.start)
+    pieces, count, at = [], Counter[str](), 0
+    for kind, run in itertools.groupby(kinds):
+        start, at = at, at + len(list(run))
+        said = text[start:at]
+        if kind is None or not any(sign.isalnum() for sign in said):
+            pieces.append(said)
+            continue
+        # What is left over beside a surer one often begins or ends with a space.
+        head, tail = said[: len(said) - len(said.lstrip())], said[len(said.rstrip()) :]
+        pieces.append(f"{head}<{kind}>{tail}")
+        count[kind] += 1
+    return "".join(pieces), count
 
 
 class Presidio:
@@ -144,9 +157,9 @@ class CloudDlp:
         if result.findings_truncated and len(texts) > 1:
             half = len(texts) // 2
             return self._inspected(texts[:half]) + self._inspected(texts[half:])
-        if result.findings_truncated and len(texts[0]) > 1:
-            cut = _space(texts[0], len(texts[0]) // 2)
-            first, second = self._inspected([texts[0][:cut]])[0], self._inspected([texts[0][cut:]])[0]
+        if result.findings_truncated and len(texts[0]) > 4 * _SHARED:
+            cut = len(texts[0]) // 2
+            first, second = self._inspected([texts[0][: cut + _SHARED]])[0], self._inspected([texts[0][cut:]])[0]
             return [[*first, *(span.moved(cut) for span in second)]]
         spans: list[list[Span]] = [[] for _ in texts]
         for finding in result.findings:
@@ -160,8 +173,8 @@ class CloudDlp:
         from google.auth.exceptions import GoogleAuthError
         from google.cloud import dlp_v2
 
-        passing = (exceptions.TooManyRequests, exceptions.ServiceUnavailable, exceptions.GatewayTimeout)
-        again = retry.Retry(retry.if_exception_type(*passing), initial=0.5, maximum=60.0, timeout=300.0)
+        passing = (exceptions.TooManyRequests, exceptions.ServerError)
+        again = retry.Retry(retry.if_exception_type(*passing), initial=0.5, maximum=20.0, timeout=_PATIENCE_S)
         try:
             self._client = self._client or dlp_v2.DlpServiceClient()
             return self._client.inspect_content(request=request, retry=again)
@@ -178,23 +191,15 @@ def _requests(texts: Sequence[str]) -> Iterator[tuple[list[tuple[int, int]], lis
     for number, text in enumerate(texts):
         start = 0
         while start < len(text):
-            # A character has at most four bytes.
-            stop = start + _REQUEST_BYTES // 4
-            stop = _space(text, stop, start + 1) if stop < len(text) else len(text)
+            stop = min(start + _REQUEST_BYTES // 4, len(text))  # a character has at most four bytes
             if pieces and (size + stop - start > _REQUEST_BYTES // 4 or len(pieces) == _REQUEST_TEXTS):
                 yield places, pieces
                 places, pieces, size = [], [], 0
             places.append((number, start))
             pieces.append(text[start:stop])
-            size, start = size + stop - start, stop
+            size, start = size + stop - start, stop if stop == len(text) else stop - _SHARED
     if pieces:
         yield places, pieces
-
-
-def _space(text: str, before: int, after: int = 1) -> int:
-    """Where the last space in `text` between the two is, or else `before`."""
-    found = text.rfind(" ", after, before)
-    return before if found < 0 else found
 
 
 def _spacy(model: str) -> tuple[Any, Callable[[str], Any]]:

@@ -84,7 +84,7 @@ def fingerprint(spec: Spec, *, target: str, template: str, dtype: str) -> str:
         "dtype": dtype,
         "engine": spec.engine.kind,
         "columns": columns,
-        "screen": spec.screen.model_dump(mode="json"),
+        "screen": spec.screen.model_dump(mode="json", exclude={"pii": {"project"}}),
         "sampling": spec.sampling.model_dump(mode="json"),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

@@ -256,12 +256,17 @@ def _messages(values: Mapping[str, Any], columns: Columns) -> tuple[list[Message
 def _told(column: str, turns: list[Any]) -> list[Message]:
     """A system message, if there is one, and the user's: given as texts, or among others' answers, which go."""
     if not any(isinstance(turn, dict) for turn in turns):
-        turns = [None if turn is None else {"role": "user", "content": turn} for turn in turns]
+        return _conversation([None if turn is None else {"role": "user", "content": turn} for turn in turns])
     messages = _conversation(turns)
-    for i, message in enumerate(messages):
-        if message["role"] not in ("user", "assistant") and (message["role"] != "system" or i):
-            found = ascii(message["role"])[:100]
-            raise _Unusable("bad_role", f"column {column!r}: turn {i} is of role {found}, expected user or assistant")
+    first = 1 if messages[0]["role"] == "system" else 0
+    for i, message in enumerate(messages[first:], first):
+        expected, role = ("user", "assistant")[(i - first) % 2], message["role"]
+        if role not in ("user", "assistant"):
+            raise _Unusable(
+                "bad_role", f"column {column!r}: turn {i} is of role {ascii(role)[:100]}, expected user or assistant"
+            )
+        if role != expected:
+            raise _Unusable("bad_role_order", f"column {column!r}: turn {i} is the {role}'s, expected the {expected}'s")
     return [message for message in messages if message["role"] != "assistant"]
 
 

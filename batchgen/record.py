@@ -1,7 +1,7 @@
 """The nouns: what a row is at each point of its way, and THE output schema.
 
-One file, so that a reader meets every word once. Nothing here reads, writes or computes; the order of the classes is
-the order in which a row meets them.
+One file, so that a reader meets every word once. Nothing here reads or writes; the order of the classes is the order in
+which a row meets them.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ STRETCH_TOKENS = 32
 
 
 class Stretch(NamedTuple):
-    """What speculation did from one output position to another: 0 to 31, 32 to 63, 64 to 127, each twice as long."""
+    """What speculation did from one output position to another: 0 to 31, 32 to 63, 64 to 127, 128 to 255, ..."""
 
     target_steps: int = 0
     draft_steps: int = 0
@@ -247,7 +247,7 @@ _FACTS = (
     ("worker", "string"),
     ("shard", "string"),
 )
-RESERVED_COLUMNS = frozenset(name for name, _ in _KEY + _TEXT + _TOKEN_IDS + _ANSWERS + _FACTS)
+RESERVED_COLUMNS = frozenset(name for name, _ in _KEY + _TEXT + _TOKEN_IDS + _FACTS)
 
 
 def output_schema(kept: list[pa.Field], *, token_ids: bool = True, answers: bool = False) -> pa.Schema:
@@ -263,7 +263,9 @@ def output_schema(kept: list[pa.Field], *, token_ids: bool = True, answers: bool
     # Engines import this module on machines that have torch and nothing else.
     import pyarrow as pa
 
-    taken = sorted(field.name for field in kept if field.name in RESERVED_COLUMNS)
+    columns = _TEXT + (_TOKEN_IDS if token_ids else ()) + (_ANSWERS if answers else ()) + _FACTS
+    reserved = RESERVED_COLUMNS.union(name for name, _ in columns)
+    taken = sorted(field.name for field in kept if field.name in reserved)
     if taken:
         raise SpecError(f"input.keep: {', '.join(taken)} would overwrite output columns; rename them in the input")
     types = {
@@ -277,27 +279,28 @@ def output_schema(kept: list[pa.Field], *, token_ids: bool = True, answers: bool
     answer = [("finish_reason", pa.string()), *((name, pa.int32()) for name in counts)]
     types["stretches"] = pa.list_(pa.struct([(name, pa.int32()) for name in Stretch._fields]))
     types["answers"] = pa.list_(pa.struct(answer))
-    columns = _TEXT + (_TOKEN_IDS if token_ids else ()) + (_ANSWERS if answers else ()) + _FACTS
     fields = [pa.field(name, types[of]) for name, of in _KEY]
     fields += [field.with_nullable(True) for field in kept]
     fields += [pa.field(name, types[of]) for name, of in columns]
     return pa.schema(fields)
 
 
-def finished(row: Row, completion: Completion, *, engine: str, worker: str, shard: str) -> dict[str, Any]:
-    """The output row of one sample whose last turn is generated, keys as in `output_schema`."""
+def finished(
+    row: Row, completion: Completion, why: FinishReason, *, engine: str, worker: str, shard: str
+) -> dict[str, Any]:
+    """The output row of one sample whose last turn is generated, keys as in `output_schema`; `why` it ends there."""
     start, failed = len(row.prompt_token_ids or ()), completion.finish_reason == "error"
     answers = [*row.answers, Answer(start, start + len(completion.token_ids), completion)]
     done = [answer.completion for answer in answers]
     acceptance = _sum([each.acceptance for each in done])
     drafted, num_tokens = acceptance.draft_tokens, sum(answer.stop - answer.start for answer in answers)
-    passes = sum(len(each.token_ids) for each in done) - len(done)
+    passes = sum(max(0, answer.stop - answer.start - 1) for answer in answers)
     return row.kept | {
         "row_id": row.row_id,
         "sample": completion.sample,
         "messages": row.messages,
         "completion": None if failed else completion.text,
-        "finish_reason": completion.finish_reason,
+        "finish_reason": why,
         "prompt_token_ids": row.prompt_token_ids,
         "completion_token_ids": completion.token_ids,
         "answers": [_facts(answer) for answer in answers],

@@ -98,6 +98,10 @@ class Renderer:
             if row.verdict is None:
                 assert row.messages is not None, "a row without messages was given a verdict by read"
                 messages = row.messages
+                if self._special_tokens == "reject" and any(map(self._acts, row.ahead)):
+                    row.verdict = Verdict("error", "special_tokens", "a later turn holds a control token")
+                    yield row
+                    continue
                 if self._system is not None and messages[0]["role"] != "system":
                     messages = [Message(role="system", content=self._system), *messages]
                 rendered = self._prompt(messages)
@@ -118,12 +122,8 @@ class Renderer:
         if isinstance(ids, Verdict):
             return ids
         if ids is None:
-            return Verdict(
-                "skipped", "prompt_too_long", f"the prompt has at least {at_least} tokens, {self._allowed()}"
-            )
-        if self._too_long(len(ids)):
-            return Verdict("skipped", "prompt_too_long", f"the prompt has {len(ids)} tokens, {self._allowed()}")
-        return ids
+            return self._no_room(f"at least {at_least}")
+        return self._no_room(str(len(ids))) if self._too_long(len(ids)) else ids
 
     def next_turn(self, row: Row, completion: Completion) -> Row | Verdict:
         """The row with this answer and the user's next turn after it.
@@ -135,23 +135,35 @@ class Renderer:
         assert row.prompt_token_ids is not None, "and a prompt"
         following = Message(role="user", content=row.ahead[0])
         messages = [*row.messages, Message(role="assistant", content=completion.text), following]
-        rest = self._after_answer(messages)
+        found = self._after_answer(messages)
+        if isinstance(found, Verdict):
+            return found
+        text, said = found
+        kept, start = completion.token_ids, len(row.prompt_token_ids)
+        end = self._controls.get(kept[-1]) if kept and completion.finish_reason == "stop" else None
+        # SentencePiece templates have a space before the end token, which the model does not write.
+        ended = end is not None and text.lstrip(" ").startswith(end.content)
+        if ended:
+            said = said[len(text) - len(text.lstrip(" ")) :]
+            text = text.lstrip(" ")
+        elif end is not None:
+            kept = kept[:-1]  # another end token than the template's, from which no conversation goes on
+        at_least = len(text) // self._max_token_chars if self._max_token_chars else 0
+        if self._too_long(start + len(kept) + at_least):
+            return self._no_room(f"at least {start + len(kept) + at_least}")
+        rest = self._encode_within(following, text, said)
         if isinstance(rest, Verdict):
             return rest
-        kept, start = completion.token_ids, len(row.prompt_token_ids)
-        if completion.finish_reason == "stop" and kept[-1] in self._controls:
-            # The model's end token is the template's, or another one that no conversation goes on from.
-            kept, rest = (kept, rest[1:]) if rest[:1] == kept[-1:] else (kept[:-1], rest)
-        ids = [*row.prompt_token_ids, *kept, *rest]
+        ids = [*row.prompt_token_ids, *kept, *(rest[1:] if ended else rest)]
         if self._too_long(len(ids)):
-            return Verdict("skipped", "prompt_too_long", f"the prompt has {len(ids)} tokens, {self._allowed()}")
+            return self._no_room(str(len(ids)))
         answer = Answer(start, start + len(kept), completion)
         return dataclasses.replace(
             row, messages=messages, prompt_token_ids=ids, ahead=row.ahead[1:], answers=(*row.answers, answer)
         )
 
-    def _after_answer(self, messages: list[Message]) -> list[int] | Verdict:
-        """What the template puts after the last answer in `messages`, the user's turn behind it included."""
+    def _after_answer(self, messages: list[Message]) -> tuple[str, bytearray] | Verdict:
+        """What the template puts after the last answer in `messages`, the user's turn included, and who says it."""
         at = len(messages) - 2
         try:
             text = self._render(messages)
@@ -169,19 +181,23 @@ class Renderer:
         found = _speakers(rest, mark) if rest else None
         if found is None or not text.endswith(found[0]):
             return Verdict("error", "template", "the chat template does not show where an earlier answer ends")
-        plain, said = found
-        # SentencePiece templates have a space before the end token, which the model does not write.
-        stripped = plain.lstrip()
-        if any(stripped.startswith(token.content) for token in self._controls.values()):
-            plain, said = stripped, said[len(plain) - len(stripped) :]
-        return self._encode_said([following], plain, said)
+        return found
+
+    def _encode_within(self, message: Message, text: str, said: bytearray) -> list[int] | Verdict:
+        """Token ids of a stretch that follows others, of which `message` says what `said` marks."""
+        ids = self._encode_said([message], text, said)
+        if isinstance(ids, Verdict) or any(text.startswith(token.content) for token in self._controls.values()):
+            return ids
+        # Without a control token before it, SentencePiece would put the space there that begins a text.
+        return self._encode_as_text(text, bytearray(len(text)) if self._special_tokens == "allow" else said, later=True)
 
     def _too_long(self, num_tokens: int) -> bool:
         return any(num_tokens > limit for limit, _ in self._limits)
 
-    def _allowed(self) -> str:
+    def _no_room(self, num_tokens: str) -> Verdict:
         limit, name = min(self._limits)
-        return f"allowed are {limit} ({name})"
+        why = f"the prompt has {num_tokens} tokens, allowed are {limit} ({name})"
+        return Verdict("skipped", "prompt_too_long", why)
 
     def _render(self, messages: list[Message]) -> str:
         text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -250,19 +266,26 @@ class Renderer:
         core = self._pattern.sub(lambda found: start + found[0], core)
         return Message(role=message["role"], content=head + start + core + end + tail)
 
+    def _acts(self, content: str) -> bool:
+        return any(id_ in self._controls for id_ in self._backend.encode(content, add_special_tokens=False).ids)
+
     def _could_act(self, content: str) -> bool:
         """Whether the text holds a control string, or could complete one at its ends."""
-        if any(id_ in self._controls for id_ in self._backend.encode(content, add_special_tokens=False).ids):
+        if self._acts(content):
             return True
         core, strings = content.strip(), [token.content for token in self._controls.values()]
         heads = tuple(string[:i] for string in strings for i in range(1, len(string)))
         tails = tuple(string[i:] for string in strings for i in range(1, len(string)))
         return core.startswith(tails) or core.endswith(heads)
 
-    def _encode_as_text(self, text: str, said: bytearray) -> list[int] | Verdict:
-        """Token ids with the template's control strings as control tokens and everything else as plain text."""
+    def _encode_as_text(self, text: str, said: bytearray, *, later: bool = False) -> list[int] | Verdict:
+        """Token ids with the template's control strings as control tokens and everything else as plain text.
+
+        `later` says that other text stands before this one.
+        """
         by_content = {token.content: (id_, token) for id_, token in self._controls.items()}
-        plain, later = self._without_controls
+        first, within = self._without_controls
+        plain = within if later else first
         ids: list[int] = []
         at = num_controls = 0
         for stretch in re.finditer(b"\0+", said):
@@ -273,7 +296,7 @@ class Renderer:
                 ids.append(id_)
                 num_controls += 1
                 at = _skip_space(text, found.end()) if token.rstrip else found.end()
-                plain = later
+                plain = within
         ids += plain.encode(text[at:], add_special_tokens=False).ids
         if sum(id_ in self._controls for id_ in ids) != num_controls:
             what = "the messages hold text that this tokenizer cannot but encode as a control token"
@@ -319,6 +342,9 @@ class PlainRenderer(Renderer):
         return "".join(f"{message['role']}\n{message['content']}\n\n" for message in messages)
 
     def _encode_said(self, messages: list[Message], text: str, said: bytearray | None) -> list[int] | Verdict:
+        return list(text.encode())
+
+    def _encode_as_text(self, text: str, said: bytearray, *, later: bool = False) -> list[int] | Verdict:
         return list(text.encode())
 
 

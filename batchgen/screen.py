@@ -55,6 +55,10 @@ class Screen:
             return Screen()
         return Screen(pii.finder(spec.pii), skip=spec.pii.action == "skip")
 
+    def fresh(self) -> Screen:
+        """The same screen, with counts of its own."""
+        return Screen(self._finder, skip=self._skip)
+
     def rows(self, rows: Iterable[Row]) -> Iterator[Row]:
         """The same rows, with a verdict for each conversation that cannot be rendered or is not wanted.
 

@@ -75,16 +75,14 @@ class InputSpec(_Part):
     storage_options: StorageOptions = {}
 
 
+_WITH_A_FORM: tuple[PiiEntity, ...] = ("EMAIL_ADDRESS", "PHONE_NUMBER", "CREDIT_CARD", "IBAN_CODE", "IP_ADDRESS")
+_NAMES: tuple[PiiEntity, ...] = ("PERSON", "LOCATION")
+
+
 class PiiSpec(_Part):
     """What to do with prompts that hold personal data."""
 
     action: Literal["skip", "redact"] = Field(description="skip: do not generate the row; redact: mask what was found.")
-    entities: tuple[PiiEntity, ...] = Field(
-        default=("EMAIL_ADDRESS", "PHONE_NUMBER", "CREDIT_CARD", "IBAN_CODE", "IP_ADDRESS"),
-        strict=False,
-        min_length=1,
-        description="Kinds of personal data to look for; PERSON and LOCATION take a model, or dlp.",
-    )
     by: Literal["presidio", "dlp"] = Field(
         default="presidio", description="presidio: patterns, on this machine; dlp: Google Cloud's service."
     )
@@ -92,6 +90,12 @@ class PiiSpec(_Part):
         default=None, description="presidio: spaCy model that finds PERSON and LOCATION, a package or folder."
     )
     project: Text | None = Field(default=None, description="dlp: Google Cloud project that is billed.")
+    entities: tuple[PiiEntity, ...] = Field(
+        default_factory=lambda pii: _WITH_A_FORM + (_NAMES if pii["model"] or pii["by"] == "dlp" else ()),
+        strict=False,
+        min_length=1,
+        description="Kinds of personal data to look for; default: all, PERSON and LOCATION with a model or dlp only.",
+    )
 
 
 class ScreenSpec(_Part):
@@ -278,14 +282,18 @@ _IMPOSSIBLE: _Rules = {
     "input.turns: found another column of prompts besides, expected one of them": (
         lambda v: "turns" in _asked(v) and len(_asked(v)) > 1
     ),
+    "input.turns: an answer that a stop text ends would go on with tokens that messages do not show; leave out stop": (
+        lambda v: v["input.turns"] is not None and (bool(v["sampling.stop"]) or "stop" in v["input.sampling"])
+    ),
     "input.system: goes with prompt or turns; with messages, the system message is one of them": (
         lambda v: v["input.system"] is not None and v["input.messages"] is not None
     ),
     "input.keep: names a column twice": lambda v: len(set(v["input.keep"])) < len(v["input.keep"]),
     "screen.pii: PERSON and LOCATION have no pattern; name a spaCy model, or use by: dlp": (
-        lambda v: (
-            bool({"PERSON", "LOCATION"} & {*_pii(v, "entities")}) and not _pii(v, "model") and _pii(v, "by") != "dlp"
-        )
+        lambda v: bool(set(_NAMES) & set(_pii(v, "entities"))) and not (_pii(v, "model") or _pii(v, "by") == "dlp")
+    ),
+    "screen.pii: model finds PERSON and LOCATION, and entities names neither; leave one of them out": (
+        lambda v: bool(_pii(v, "model") and _pii(v, "entities")) and not set(_NAMES) & set(_pii(v, "entities"))
     ),
     "screen.pii: model is for presidio, and project for dlp; leave out what is not used": (
         lambda v: bool(_pii(v, "model" if _pii(v, "by") == "dlp" else "project"))

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from batchgen.attempt import Task
     from batchgen.generate import Engine
     from batchgen.models import Model
-    from batchgen.record import Completion, Row, Shard
+    from batchgen.record import Completion, FinishReason, Row, Shard
     from batchgen.render import Renderer
     from batchgen.spec import Spec
 
@@ -71,7 +71,11 @@ class Kit:
         target = models.fetch(spec.model.target, weights=weights)
         draft = models.fetch(spec.model.draft, weights=weights) if spec.model.draft else None
         special = spec.screen.special_tokens
-        renderer = render.Renderer(target.path, special_tokens=special, max_prompt_tokens=limit)
+        # vLLM may be told to take less than the model could.
+        room = spec.engine.options.get("max_model_len") if spec.engine.kind == "vllm" else None
+        room = room if isinstance(room, int) else None
+        limits = {"max_prompt_tokens": limit, "max_model_tokens": room}
+        renderer = render.Renderer(target.path, special_tokens=special, **limits)
         return Kit(spec, target, draft, renderer, screen)
 
     def engine(self, costs: Path) -> Engine:
@@ -233,7 +237,7 @@ class Worker:
     def _samples(self, attempt: Attempt, rows: Iterable[Row]) -> Iterator[Request | None]:
         """The samples of `rows` that are not in the journal; the one that may be to blame for a death after others."""
         suspect: Request | None = None
-        for row in self._renderer.rows(self._screen.rows(rows)):
+        for row in self._renderer.rows(self._screen.rows(self._left(attempt, rows))):
             for sample in range(self._task.sampling.n):
                 key = (row.row_id, sample)
                 if key in attempt.journal.done:
@@ -252,6 +256,11 @@ class Worker:
                     suspect = None
         if suspect is not None:
             yield suspect
+
+    def _left(self, attempt: Attempt, rows: Iterable[Row]) -> Iterator[Row]:
+        """The rows that are not wholly in the journal: looking for personal data may cost money."""
+        done, samples = attempt.journal.done, range(self._task.sampling.n)
+        return (row for row in rows if not all((row.row_id, sample) in done for sample in samples))
 
     def _request(self, attempt: Attempt, row: Row, sample: int) -> Request:
         assert row.prompt_token_ids is not None
@@ -280,26 +289,27 @@ class Worker:
         self.tally.generated_tokens = self._engine.num_tokens
         for completion in completions:
             attempt, row = self._rows[completion.key]  # type: ignore[index]
-            ended = self._answer(row, completion) if row.ahead else completion
+            ended = self._answer(row, completion) if row.ahead else (completion, completion.finish_reason)
             if ended is not None:
+                completion, why = ended  # noqa: PLW2901
                 del self._rows[completion.key]  # type: ignore[arg-type]
-                self.tally.count(ended, [answer.completion for answer in row.answers])
+                self.tally.count(completion, [answer.completion for answer in row.answers])
                 attempt.running -= 1
-                attempt.record(record.finished(row, ended, **self._names(attempt)))
+                attempt.record(record.finished(row, completion, why, **self._names(attempt)))
         if completions:
             self._gate()
 
-    def _answer(self, row: Row, completion: Completion) -> Completion | None:
-        """Go on with the conversation, None; or the completion as it ends the row, where that cannot be."""
+    def _answer(self, row: Row, completion: Completion) -> tuple[Completion, FinishReason] | None:
+        """Go on with the conversation, None; or where that cannot be, its last completion and what ends the row."""
         if completion.finish_reason == "error":
-            return completion
+            return completion, "error"
         following = self._renderer.next_turn(row, completion)
         if isinstance(following, Verdict) and following.status == "skipped":
             # What was answered stands; for more there is no room.
-            return dataclasses.replace(completion, finish_reason="length")
+            return completion, "length"
         if isinstance(following, Verdict):
             kind, why = following.error_type, following.error
-            return dataclasses.replace(completion, finish_reason="error", error_type=kind, error=why)
+            return dataclasses.replace(completion, finish_reason="error", error_type=kind, error=why), "error"
         key, ids = completion.key, following.prompt_token_ids
         assert ids is not None, "a turn was rendered"
         self._rows[key] = self._rows[key][0], following  # type: ignore[index]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -108,6 +109,7 @@ def test_a_conversation_that_outgrows_its_room_ends_there(tmp_path):
     assert len(cut["answers"]) == 1
     check(cut, TURNS[0][:1])
     assert (cut["status"], cut["finish_reason"]) == ("ok", "length")
+    assert cut["answers"][0]["finish_reason"] == "stop", "the answer itself is whole"
     assert rows["1", 0]["finish_reason"] == "stop"
 
 
@@ -121,6 +123,11 @@ def test_a_conversation_that_outgrows_its_room_ends_there(tmp_path):
         ('["a", {"role": "user", "content": "b"}]', "bad_messages", "messages[0] is a string"),
         ('[{"role": "tool", "content": "b"}]', "bad_role", "turn 0 is of role 'tool', expected user or assistant"),
         ('[{"role": "system", "content": "b"}]', "bad_role_order", "is the system's, expected the user's"),
+        (
+            '[{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]',
+            "bad_role_order",
+            "turn 1 is the user's, expected the assistant's",
+        ),
         ('["\\ud800", "b"]', "bad_text", "lone surrogate"),
     ],
 )
@@ -153,6 +160,48 @@ def test_later_turns_are_screened_too(tmp_path):
     assert done.returncode == 0, done.stderr
     clean = pl.read_parquet(tmp_path / "clean/*.parquet")
     assert clean["turns"].to_list() == [*TURNS[:2], masked, doubled[4]]
+
+
+def test_no_answer_of_the_input_stays_where_personal_data_is_not_wanted(tmp_path):
+    chats = [
+        [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "Which mail?"},
+            {"role": "assistant", "content": "jo@example.org, says the input."},
+        ]
+    ]
+    given = table(chats).with_columns(system=pl.Series([None], dtype=pl.String))
+    columns = {"path": str(tmp_path / "in.parquet"), "turns": "turns", "system": "system", "id": "id"}
+    file = job_file(tmp_path, given, screen={"pii": {"action": "skip"}}, input=columns)
+    done = batchgen("screen", file, "--to", tmp_path / "clean")
+    assert done.returncode == 0, done.stderr
+    [row] = pl.read_parquet(tmp_path / "clean/*.parquet").rows(named=True)
+    assert (row["turns"], row["system"]) == ([{"role": "user", "content": "Which mail?"}], "Be brief.")
+
+
+def test_a_conversation_that_was_killed_begins_again(tmp_path):
+    many = table([[f"Question {i}, turn {turn}?" for turn in range(4)] for i in range(40)])
+    slow = {"kind": "rehearsal", "options": {"step_s": 0.05, "tokens_per_step": 16}}
+    common = {"batch_size": 4, "checkpoint": {"journal_rows": 2, "lease_seconds": 2.0}}
+    file = job_file(tmp_path, many, engine=slow, **common)
+    process = subprocess.Popen([sys.executable, "-m", "batchgen", "submit", str(file)])
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("out/__batchgen/journal/*/seg-*"))) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert not list(tmp_path.glob("out/part-*"))
+    rows = output(job_file(tmp_path, many, **common))
+    other = tmp_path / "undisturbed"
+    other.mkdir()
+    expected = output(job_file(other, many, **common))
+    told = ("messages", "completion", "prompt_token_ids", "completion_token_ids")
+    assert {key: [row[name] for name in told] for key, row in rows.items()} == {
+        key: [row[name] for name in told] for key, row in expected.items()
+    }
+    for (row_id, _), row in rows.items():
+        check(row, many["turns"][int(row_id)].to_list())
 
 
 def test_exports_and_reports_take_all_answers(tmp_path):

@@ -171,3 +171,26 @@ def test_likeness_decides_as_documented(tmp_path: Path, share: float, low: float
     found = mark(tmp_path, ["a.parquet", "b.parquet"], kind="near")
     assert low <= len(found) / 200 <= high
     assert all(row == f"row {at[1]} of a.parquet" for at, row in found.items())
+
+
+def test_likeness_does_not_pass_along(tmp_path: Path) -> None:
+    """A row is left out for one that stays, not for one that is left out itself; other system messages are others."""
+    pytest.importorskip("rensa")
+    draw = random.Random(2)
+    text = [chr(draw.randrange(0x4E00, 0x9FFF)) for _ in range(800)]
+    chain = []
+    for step in range(30):
+        for at in range(step * 25, step * 25 + 25):
+            text[at] = chr(draw.randrange(0x4E00, 0x9FFF))
+        chain.append("".join(text))
+    table(tmp_path, "a.parquet", chain, system=["Be brief."] * 30)
+    found = mark(tmp_path, ["a.parquet"], kind="near")
+    left_out = {row for _, row in found}
+    assert 5 < len(left_out) < 29
+    assert not {int(first.split()[1]) for first in found.values()} & left_out
+    columns = read.Columns(prompt="prompt", system="system")
+    table(tmp_path, "b.parquet", chain, system=[f"You are assistant number {i}." for i in range(30)])
+    assert mark(tmp_path, ["b.parquet"], columns, kind="near") == {}
+    one = [f"Question {draw.random()}: {draw.getrandbits(200):x}" for _ in range(10)]
+    table(tmp_path, "c.parquet", one, system=["You are a helpful assistant who always answers safely. " * 20] * 10)
+    assert mark(tmp_path, ["c.parquet"], columns, kind="near") == {}

@@ -167,6 +167,14 @@ def test_names_are_found_by_a_spacy_model(spacy_model):
     assert only.redact("Maria Okafor of Lagos")[0] == "<PERSON> of Lagos"
 
 
+def test_what_overlaps_is_masked_whole():
+    text = "Jo Meier jo.meier@example.org wrote"
+    spans = [pii.Span(0, 29, "PERSON", 0.85), pii.Span(9, 29, "EMAIL_ADDRESS", 1.0)]
+    assert pii.masked(text, spans) == ("<PERSON> <EMAIL_ADDRESS> wrote", {"PERSON": 1, "EMAIL_ADDRESS": 1})
+    inside = [pii.Span(0, 6, "PERSON", 0.5), pii.Span(3, 4, "LOCATION", 1.0)]
+    assert pii.masked("a (b) c", inside)[0] == "<PERSON><LOCATION>) c"
+
+
 def test_a_spacy_model_that_is_not_there_is_not_fetched():
     with pytest.raises(SpecError, match="en_core_web_none is no spaCy model that is installed, and no folder with one"):
         pii.Presidio(("PERSON",), "en_core_web_none")
@@ -263,7 +271,8 @@ def test_dlp_finds_what_it_says_where_it_says(dlp):
 
 
 def test_dlp_is_asked_in_portions_and_again(dlp, monkeypatch):
-    monkeypatch.setattr(pii, "_REQUEST_BYTES", 40)
+    monkeypatch.setattr(pii, "_REQUEST_BYTES", 80)
+    monkeypatch.setattr(pii, "_SHARED", 9)
     monkeypatch.setattr(Dlp, "truncated_above", 1)
     Dlp.failures.append(429)
     long = "x y@z.org " * 5
@@ -271,7 +280,7 @@ def test_dlp_is_asked_in_portions_and_again(dlp, monkeypatch):
     assert pii.masked(long, spans)[0] == "x <EMAIL_ADDRESS> " * 5
     assert [span.start for span in more] == [0]
     sent = [row["values"][0]["stringValue"] for each in Dlp.asked for row in each["item"]["table"]["rows"]]
-    assert max(map(len, sent)) <= 10
+    assert max(map(len, sent)) <= 20
 
 
 def test_a_refusal_of_dlp_ends_the_job_in_one_line(dlp):

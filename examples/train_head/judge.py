@@ -11,6 +11,7 @@ what was judged before is not judged again.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,15 @@ SETS = ("mt_bench", "eagle_gsm8k", "eagle_humaneval")
 def judge(head: str, to: str, overrides: list[str]) -> list[dict[str, Any]]:
     """Acceptance of one head on each set."""
     found = []
-    identity = models.fetch(head).identity[:16]
+    # A head may change in its folder, and with it its acceptance, though not the rows' tokens.
+    which = hashlib.sha256("\0".join([models.fetch(head).identity, *sorted(overrides)]).encode()).hexdigest()[:12]
     for name in SETS:
         prompts = ROOT / f"examples/prompts/{name}.parquet"
-        # A head may change in its folder, and rows with it: not their tokens, but their acceptance.
-        output = f"{to.rstrip('/')}/{identity}/{'-'.join([name, *sorted(overrides)]).replace('/', '_')}"
-        own = [f"input.path={prompts}", f"model.draft={head}", f"output.path={output}", *overrides]
-        asked = spec.load(str(ROOT / "jobs/judge.yaml"), own)
+        output = f"{to.rstrip('/')}/{which}/{name}"
+        own = [f"input.path={prompts}", f"model.draft={head}", f"output.path={output}"]
+        asked = spec.load(str(ROOT / "jobs/judge.yaml"), [*overrides, *own])
         job.submit(asked)
-        everything = acceptance.by(connect(output), output, [])[0]
+        everything = acceptance.by(connect(output, asked.output.storage_options), output, [])[0]
         length = 1 + sum(everything.by_depth)
         facts = {"head": head, "set": name, "engine": asked.engine.kind, "rows": everything.rows}
         found.append(

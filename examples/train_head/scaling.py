@@ -10,6 +10,7 @@ smaller share is part of a larger one), a head is trained for `--epochs`, and ju
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import subprocess
 import sys
@@ -30,8 +31,9 @@ def run(*command: str) -> None:
 
 
 def train(job: str, share: float, target: str, to: Path, trainer: list[str]) -> Path:
-    """The head that was trained on a share of the job's rows."""
-    data, head = to / f"set-{share:g}", to / f"head-{share:g}"
+    """The head that was trained on a share of the job's rows, with these settings."""
+    settings = hashlib.sha256(" ".join(trainer).encode()).hexdigest()[:8]
+    data, head = to / f"set-{share:g}", to / f"head-{share:g}-{settings}"
     if not (head / "config.json").exists():
         sample = [] if share == 1 else ["--sample", str(share)]
         form = ["--form", "speculators-states", "--to", str(data), "--hold-out", "0.05"]
@@ -52,7 +54,7 @@ def plot(results: list[dict[str, Any]], file: Path) -> None:
         rows = [row for row in results if row["set"] == name]
         axes.plot([row["target_tokens"] for row in rows], [row["acceptance_length"] for row in rows], "o-", label=name)
     axes.set_xscale("log", base=2)
-    axes.set_xlabel("tokens of the target's own to learn from")
+    axes.set_xlabel("tokens of the target's own in the set, a twentieth of them held out")
     axes.set_ylabel("acceptance length, greedy chain of 4")
     axes.grid(visible=True, alpha=0.3)
     axes.legend()
@@ -76,7 +78,7 @@ def main() -> None:
         head = train(args.job, share, args.target, args.to, [f"--epochs={args.epochs}", *args.trainer])
         facts = json.loads((args.to / f"set-{share:g}" / "export.json").read_text())
         size = {"share": share, "set_rows": facts["rows"], "target_tokens": facts["target_tokens"]}
-        results += [row | size for row in judge(str(head), str(args.to / "judged"), [])]
+        results += [row | size for row in judge(str(head), str(args.to / "judged"), [f"model.target={args.target}"])]
         (args.to / "scaling.json").write_text(json.dumps({"results": results}, indent=1) + "\n")
     plot(results, args.to / "scaling.png")
     print(f"results: {args.to / 'scaling.json'}, {args.to / 'scaling.png'}")

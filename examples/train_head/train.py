@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -108,6 +109,8 @@ def main() -> None:
         given += [] if args.head else ["--norm-output", "--norm-before-fc", "--no-norm-before-residual"]
         train(TrainConfig.resolve([*given, *([] if gpu else ON_CPU), *args.trainer]))
         epochs = [each for each in Path(folder).iterdir() if each.name.isdigit()]
+        if not epochs:
+            sys.exit("the training ended before its first epoch; nothing is written")
         publish(max(epochs, key=lambda each: int(each.name)), args.to, args.target)
     print(f"head: {args.to}")
 

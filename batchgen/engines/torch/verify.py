@@ -2,7 +2,7 @@
 
 The stream of tokens is literally plain sampling from the target's processed distribution, whatever the tree, because
 the tree was chosen without looking at the noise and siblings are distinct. The noise is Gumbel, keyed by (job seed,
-row, sample, output position), so that the tokens are the same with any tree or none. Temperature 0 is the argmax.
+row, sample, turn, output position), so that the tokens are the same with any tree or none. Temperature 0 is the argmax.
 """
 
 from __future__ import annotations
