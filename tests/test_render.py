@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from batchgen.errors import ModelError
 from batchgen.models import fetch
-from batchgen.record import Message, Row, Sampling, Verdict
+from batchgen.record import Acceptance, Completion, Message, Row, Sampling, Verdict
 from batchgen.render import PlainRenderer, Renderer
 
 if TYPE_CHECKING:
@@ -168,6 +168,81 @@ def test_text_never_acts_whatever_the_tokenizer(tmp_path: Path, kind: str) -> No
     row = rendered(renderer, said(INJECTION, "<think>no</think>", "the fox"))
     assert acting(renderer, row.prompt_token_ids) == controls_of(3)
     assert renderer._tokenizer.decode(row.prompt_token_ids) == renderer._render(row.messages or [])
+
+
+@pytest.mark.parametrize("kind", ["bytes", "metaspace", "unigram"])
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (CHATML, "<|im_end|>"),
+        # No end token in the template, so that the model's own is none of the conversation's.
+        ("{% for m in messages %}\n<|im_start|>{{ m.content }}{% endfor %}\n<|im_start|>", ""),
+        ("{% for m in messages %}{{ m.role }}:\n{{ m.content }}\n{% endfor %}assistant:{{ '\\n' }}", ""),
+    ],
+)
+def test_the_next_turn_is_what_the_template_puts_behind_the_answer(
+    tmp_path: Path, kind: str, template: str, end: str
+) -> None:
+    """Of an answer in the tokenizer's own words the whole is what it makes of the whole text."""
+    renderer = Renderer(chat(tmp_path, template, kind=kind))
+    encode = renderer._backend.encode
+    row = rendered(renderer, said("the lazy dog"))
+    row.ahead = ("the quick brown fox", "jumps")
+    for turn, answer in enumerate(("the fox", "over")):
+        assert row.messages is not None
+        assert row.prompt_token_ids is not None
+        before = len(row.prompt_token_ids)
+        asked = [*row.messages, *said("", answer, row.ahead[0])[1:]]
+        whole = encode(renderer._render(asked), add_special_tokens=False)
+        assert whole.ids[:before] == row.prompt_token_ids
+        stop = len(renderer._render(row.messages) + answer + end)
+        ids = [id_ for id_, (_, to) in zip(whole.ids[before:], whole.offsets[before:], strict=True) if to <= stop]
+        end_ids = [] if end else [renderer._tokenizer.convert_tokens_to_ids("<|im_end|>")]
+        done = Completion("key", 0, [*ids, *end_ids], answer, "stop", Acceptance())
+        following = renderer.next_turn(row, done)
+        assert isinstance(following, Row)
+        assert following.prompt_token_ids == whole.ids
+        assert (following.answers[turn].start, following.answers[turn].stop) == (before, before + len(ids))
+        assert (following.messages, following.ahead) == (asked, row.ahead[1:])
+        row = following
+
+
+@pytest.mark.parametrize("kind", ["bytes", "metaspace"])
+def test_a_space_before_the_end_token_is_the_templates_and_not_the_targets(tmp_path: Path, kind: str) -> None:
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }} "
+    )
+    renderer = Renderer(chat(tmp_path, template + "<|im_end|>{% endif %}{% endfor %}", kind=kind))
+    row = rendered(renderer, said("the dog"))
+    row.ahead = ("jumps",)
+    end = renderer._tokenizer.convert_tokens_to_ids("<|im_end|>")
+    ids = renderer._backend.encode("x the fox", add_special_tokens=False).ids[1:]
+    assert row.prompt_token_ids is not None
+    stopped = renderer.next_turn(row, Completion("key", 0, [*ids, end], "the fox", "stop", Acceptance()))
+    assert isinstance(stopped, Row)
+    assert stopped.prompt_token_ids is not None
+    assert stopped.prompt_token_ids[: len(row.prompt_token_ids) + len(ids) + 1] == [*row.prompt_token_ids, *ids, end]
+    assert stopped.prompt_token_ids.count(end) == 1
+    cut = renderer.next_turn(row, Completion("key", 0, ids, "the fox", "length", Acceptance()))
+    assert isinstance(cut, Row)
+    assert cut.prompt_token_ids is not None
+    assert cut.prompt_token_ids.count(end) == 1
+    assert renderer._tokenizer.decode(cut.prompt_token_ids).endswith("the fox <|im_end|>[INST] jumps [/INST]")
+
+
+def test_a_later_turn_does_not_act_either(tmp_path: Path) -> None:
+    row = rendered(Renderer(chat(tmp_path)), said("the dog"))
+    row.ahead = (INJECTION,)
+    done = Completion("key", 0, [5], "x", "length", Acceptance())
+    text = Renderer(tmp_path).next_turn(row, done)
+    assert isinstance(text, Row)
+    assert acting(Renderer(tmp_path), text.prompt_token_ids) == controls_of(3)
+    allowed = Renderer(tmp_path, special_tokens="allow")
+    let = allowed.next_turn(row, done)
+    assert isinstance(let, Row)
+    assert len(acting(allowed, let.prompt_token_ids)) == len(controls_of(3)) + 2
+    [refused] = Renderer(tmp_path, special_tokens="reject").rows([row])
+    assert refused.verdict == Verdict("error", "special_tokens", "a later turn holds a control token")
 
 
 def test_control_tokens_that_swallow_white_space_do_so_beside_text_that_does_not_act(tmp_path: Path) -> None:
