@@ -101,8 +101,11 @@ def main() -> None:
             "hidden-states-dtype": "bfloat16",
             "train-data-ratio": manifest["train_data_ratio"],
         }
+        name = args.target
         if args.head:
-            settings["from-pretrained"] = begun(models.fetch(args.head).path, Path(folder), target.path)
+            head = models.fetch(args.head).path
+            settings["from-pretrained"] = begun(head, Path(folder), target.path)
+            name = json.loads((head / "config.json").read_text())["speculators_config"]["verifier"]["name_or_path"]
         else:
             settings["draft-vocab-size"] = 8192
         given = [f"--{name}={value}" for name, value in settings.items()]
@@ -111,7 +114,7 @@ def main() -> None:
         epochs = [each for each in Path(folder).iterdir() if each.name.isdigit()]
         if not epochs:
             sys.exit("the training ended before its first epoch; nothing is written")
-        publish(max(epochs, key=lambda each: int(each.name)), args.to, args.target)
+        publish(max(epochs, key=lambda each: int(each.name)), args.to, name)
     print(f"head: {args.to}")
 
 
