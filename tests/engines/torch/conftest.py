@@ -1,4 +1,4 @@
-"""The demo model, the starter head and real prompts, loaded once."""
+"""The demo model, the demo's head and real prompts, loaded once."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def hidden_states(bench):
 
 
 def write_head(folder: Path, fmt: str, flags: dict[str, bool], *, layers: dict | None = None, drop: tuple = ()) -> Path:
-    """The starter head's weights with other flags; norms that it lacks are made up."""
+    """The demo's head's weights with other flags; norms that it lacks are made up."""
     config, w = json.loads((HEAD / "config.json").read_text()), load_file(HEAD / "model.safetensors")
     noise = torch.Generator().manual_seed(7)
     for name, size in [("input_norm.weight", 3 * 576), *((f"fc_norm.{i}.weight", 576) for i in range(3))]:

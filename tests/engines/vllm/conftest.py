@@ -67,7 +67,7 @@ def demo() -> Demo:
 
 @pytest.fixture(scope="session")
 def vllm(demo: Demo) -> Any:
-    """vLLM with the starter head, free to choose its draft lengths; prompts are read 64 tokens at a time.
+    """vLLM with the demo's head, free to choose its draft lengths; prompts are read 64 tokens at a time.
 
     Its KV cache holds little more than one row of the longest kind, so that of eight long ones some are preempted.
     """
