@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save, save_file
 from batchgen import models
 
 # Attention over dense masks takes memory by the square of what is packed together; longer rows are cut.
-ON_CPU = ["--draft-attn-impl=eager", "--loss-implementation=eager", "--num-workers=1", "--total-seq-len=1024"]
+ON_CPU = ["--draft-attn-impl=sdpa", "--loss-implementation=eager", "--num-workers=1", "--total-seq-len=1024"]
 
 
 def on_cpu() -> None:
