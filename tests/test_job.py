@@ -376,7 +376,7 @@ def test_scripted_failures_end_as_error_rows(tmp_path):
 def test_the_acceptance_gate_does_what_the_job_file_says(tmp_path, action, code):
     prompts(tmp_path, 12)
     speculation = {"tree": {"depth": 8, "width": 4, "nodes": 48}, "min_acceptance": 0.9, "below_min": action}
-    job = job_file(tmp_path, speculation=speculation, sampling={"max_tokens": 14}, batch_size=12)
+    job = job_file(tmp_path, speculation=speculation, sampling={"max_tokens": 32}, batch_size=12)
     done = batchgen("submit", job, "--log", "plain")
     assert done.returncode == code, done.stderr
     assert "is below speculation.min_acceptance 0.9" in done.stderr
