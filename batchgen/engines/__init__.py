@@ -61,12 +61,17 @@ def dtype(spec: Spec) -> str:
     if device(spec) == "cuda":
         return "bfloat16"
     # FBGEMM's two-byte weights need these (`engines/torch/linear.py`).
-    return "bfloat16" if native_bfloat16() or {"avx2", "f16c", "fma"} <= _cpu_flags() else "float32"
+    return "bfloat16" if tiled_bfloat16() or {"avx2", "f16c", "fma"} <= _cpu_flags() else "float32"
 
 
 def native_bfloat16() -> bool:
-    """Whether this machine's CPU has bfloat16 instructions."""
-    return bool({"avx512_bf16", "amx_bf16"} & _cpu_flags())
+    """Whether this machine's CPU has bfloat16 instructions of any kind."""
+    return "avx512_bf16" in _cpu_flags() or tiled_bfloat16()
+
+
+def tiled_bfloat16() -> bool:
+    """Whether this machine's CPU multiplies bfloat16 matrices in hardware (AMX)."""
+    return "amx_bf16" in _cpu_flags()
 
 
 @functools.cache

@@ -26,6 +26,8 @@ N = TypeVar("N", float, "NDArray[Any]")
 
 # How far one measurement moves the grid points beside it, in log seconds per log ratio: noise of 10 % leaves 2 %.
 RATE = 0.1
+# How far it moves all other points, as a share of that: mostly it is the machine whose speed drifts, for every pass.
+DRIFT = 0.75
 # A pass that took more than this much longer or shorter than expected says that something else took place.
 MAX_RATIO = 3.0
 # Tokens that no pass has; up to there the last slope goes on.
@@ -75,10 +77,13 @@ class Table:
             return np.where(tokens > 0, seconds, 0.0)
         return float(seconds) if tokens > 0 else 0.0
 
-    def refine(self, tokens: int, context: int, seconds: float) -> None:
-        """Learn from a pass that was timed: move the points beside `tokens` toward it, in proportion to nearness."""
+    def refine(self, tokens: int, context: int, seconds: float) -> float:
+        """Learn from a pass that was timed: move the points beside `tokens` toward it, and the others with them.
+
+        Returns the factor by which points far away moved.
+        """
         if tokens <= 0:
-            return
+            return 1.0
         ratio = min(max(seconds / self(tokens, context), 1 / MAX_RATIO), MAX_RATIO)
         share = np.zeros_like(self._seconds)
         if tokens > self._tokens[-1]:
@@ -88,9 +93,14 @@ class Table:
             low = int(place)
             share[min(low + 1, len(share) - 1)] = place - low
             share[low] = 1.0 - (place - low)
-        moved = self._seconds * ratio ** (RATE * share)
+        moved = self._seconds * ratio ** (RATE * (DRIFT + (1 - DRIFT) * share))
         # What is now out of order is further from the measurement than the points it moved: they carry it along.
         self._set(moved if ratio > 1 else np.minimum.accumulate(moved[::-1])[::-1])
+        return float(ratio ** (RATE * DRIFT))
+
+    def scale(self, factor: float) -> None:
+        """Take every pass to last `factor` times as long."""
+        self._set(self._seconds * factor)
 
     def as_json(self) -> dict[str, Any]:
         """The arguments that make this table."""
@@ -113,6 +123,12 @@ class Costs:
     level: Table
     extend: Table
     fixed: float
+
+    def refine_verify(self, nodes: int, context: int, seconds: float) -> None:
+        """Learn from a target pass that was timed. It is most of a step: if it has drifted, so have the others."""
+        drift = self.verify.refine(nodes, context, seconds)
+        for other in (self.level, self.extend):
+            other.scale(drift)
 
     def step(self, *, rows: int, extend_tokens: M, level_tokens: Sequence[int], nodes: N, context: int) -> N:
         """Seconds of a step that verifies `nodes`, the `rows` roots among them, or of one step for each count.

@@ -34,7 +34,7 @@ REPAY_STEPS = 64
 # Over how many steps the arrival of prompts is averaged.
 ARRIVAL_STEPS = 128
 # What drafting must promise, as a multiple of plain tokens per second.
-MARGIN = 1.05
+MARGIN = 1.03
 EXPLORE_SHARE = 0.01
 # Steps between two explorations, and between two looks at the same question where nothing was explored.
 EXPLORE_STEPS, DECISION_STEPS = 32, 64
@@ -99,7 +99,7 @@ SHAPES = (PLAIN, *(Draft(depth + 1, width) for width, depths in ((1, 6), (2, 5),
 class Schedule:
     """Chooses the shape of each step, and which steps explore.
 
-    A step is `next`, then `record` if it explores, then `spent`.
+    A step is `next`, then `record` if it explores, then `spent` and, if it was a usual one, `timed`.
     """
 
     def __init__(self, costs: Costs, shapes: Sequence[Draft] = SHAPES) -> None:
@@ -109,7 +109,7 @@ class Schedule:
         self._decided: dict[tuple[object, ...], tuple[Draft, int]] = {}
         self._calls = self._num_recorded = 0
         self._allowance_s, self._since, self._arriving = 0.0, EXPLORE_STEPS, 0.0
-        self._slowness: dict[tuple[bool, int], float] = {}
+        self._slowness: dict[tuple[Draft, int], float] = {}
 
     def next(self, ahead: Ahead) -> Plan:
         """What this step drafts, and whether it explores: if so, `record` wants what it drafts.
@@ -143,18 +143,19 @@ class Schedule:
         self._allowance_s, self._since = 0.0, 0
         return Plan(largest, rows, explores=True)
 
-    def spent(self, rows: int, seconds: float, foretold: float | None = None, *, drafted: bool = False) -> None:
-        """A step of `rows` rows took `seconds`; exploring lives on a share of them.
-
-        `foretold` is what the costs said of it, None where it also read prompts. Steps that draft do more beside their
-        passes than plain ones: how much longer each kind takes than foretold is remembered, and expected of it, for
-        each power of two of rows apart.
-        """
+    def spent(self, seconds: float) -> None:
+        """A step took `seconds`; exploring lives on a share of them."""
         self._allowance_s += EXPLORE_SHARE * seconds
-        if foretold is not None:
-            ratio = min(max(seconds / foretold, 1 / MAX_RATIO), MAX_RATIO)
-            slower = self._slower(rows, drafted=drafted)
-            self._slowness[drafted, _bucket(rows)] = slower + (ratio - slower) / SLOWER_STEPS
+
+    def timed(self, rows: int, draft: Draft, seconds: float, foretold: float) -> None:
+        """A step that neither explored nor read prompts took `seconds`, where its costs said `foretold`.
+
+        Steps do more than their passes, the more the more they draft: how much longer each shape takes than foretold is
+        remembered, and expected of it, for each power of two of rows apart.
+        """
+        ratio = min(max(seconds / foretold, 1 / MAX_RATIO), MAX_RATIO)
+        slower = self._slower(rows, draft)
+        self._slowness[draft, _bucket(rows)] = slower + (ratio - slower) / SLOWER_STEPS
 
     def record(
         self,
@@ -203,18 +204,18 @@ class Schedule:
         rows, context, extend = ahead.rows, ahead.context, self._costs.extend
         if shape == PLAIN:
             seconds = self._costs.step(rows=rows, extend_tokens=0, level_tokens=[], nodes=rows, context=context)
-            return MARGIN * rows / (seconds * self._slower(rows, drafted=False))
+            return MARGIN * rows / (seconds * self._slower(rows, PLAIN))
         nodes, tokens = self._seen.tokens(shape.depth, shape.width, rows)
         fed, levels = tokens + self._arriving, shape.level_tokens(rows)
         step = self._costs.step(rows=rows, extend_tokens=fed, level_tokens=levels, nodes=nodes, context=context)
         debt = np.maximum(extend(sum(ahead.pending), context) - extend(fed, context), 0.0)
         steps = np.clip(_left(ahead) * rows / tokens, 1, REPAY_STEPS)
-        return float((tokens / ((step + debt / steps) * self._slower(rows, drafted=True))).max())
+        return float((tokens / ((step + debt / steps) * self._slower(rows, shape))).max())
 
-    def _slower(self, rows: int, *, drafted: bool) -> float:
-        """How much longer such a step takes than foretold; of a drafting one not yet seen, as much as a plain one."""
-        plain = self._slowness.get((False, _bucket(rows)), 1.0)
-        return self._slowness.get((True, _bucket(rows)), plain) if drafted else plain
+    def _slower(self, rows: int, draft: Draft) -> float:
+        """How much longer such a step takes than foretold; of a shape not yet seen, as much as a plain one."""
+        plain = self._slowness.get((PLAIN, _bucket(rows)), 1.0)
+        return self._slowness.get((draft, _bucket(rows)), plain)
 
     def _drafting_s(self, shape: Draft, rows: Sequence[int], ahead: Ahead) -> float:
         levels = self._costs.level(np.array(shape.level_tokens(len(rows))), ahead.context)

@@ -2,8 +2,9 @@
 
     python examples/bench/speculation.py --rows 1,16,64 --json examples/bench/results/speculation.json
 
-Every mode decodes the same rows, and modes take turns (`results.interleave`): ratios are what to read. Prompts are
-read before the clock starts, by the head too where it drafts at once; all rows are greedy and run to the same length.
+Every mode decodes the same rows, and modes take turns (`results.interleave`): ratios are what to read. The clock
+starts when the target has read the prompts. That the head reads them, too, is a cost of drafting and counts, at once in
+a fixed mode, and in `auto` when it first drafts. All rows are greedy and run to the same length.
 Needs the demo model, the committed head and the committed prompts.
 """
 
@@ -96,7 +97,6 @@ def decode(engine: TorchEngine, requests: Sequence[Request]) -> dict[str, float]
     done = engine.step()
     while engine.reading:
         done += engine.step()
-    done += engine.step()  # here a head that drafts reads the prompts: that too is prefill
     began, before = time.perf_counter(), engine.num_tokens
     clocks = dict(engine.seconds)
     while engine.unfinished:

@@ -188,9 +188,9 @@ def test_steps_that_take_longer_than_foretold_are_expected_to():
     path, parent = np.full((8, 1), 0.5), np.full((8, 1), -1)
     schedule.record(lambda: path, np.log(path), parent, np.ones((8, 1), int), 1)
     assert schedule.choose(ahead(8, 8, 100)) == Draft(1, 1)
-    for taken, drafted, expected in ((2.0, True, PLAIN), (2.0, False, Draft(1, 1))):
+    for draft, expected in ((Draft(1, 1), PLAIN), (PLAIN, Draft(1, 1))):
         for _ in range(200):
-            schedule.spent(8, taken, 1.0, drafted=drafted)
+            schedule.timed(8, draft, 2.0, 1.0)
         schedule._decided.clear()
         assert schedule.choose(ahead(8, 8, 100)) == expected
 
@@ -227,7 +227,7 @@ class World:
             self.first_s = self.first_s if step >= FIRST_STEPS else self.extra_s
             seconds = self._step(plan, truth)
             self.seconds += seconds
-            self.schedule.spent(self.rows, seconds)
+            self.schedule.spent(seconds)
             yield plan.draft, plan.explores
 
     def _drafting_s(self, shape, rows):
@@ -276,7 +276,7 @@ def test_rows_near_their_end_are_not_explored():
     schedule = Schedule(CHEAP)
     for seed in range(FIRST_STEPS):
         schedule.record(*pools(seed, 16, 4, 6), 4)
-    schedule.spent(8, 1e6)
+    schedule.spent(1e6)
     assert not any(schedule.next(ahead(16, 16, 3)).explores for _ in range(100))
     assert schedule.next(ahead(16, 16, 0)) == Plan(PLAIN, range(16), explores=False)
     assert schedule.next(ahead(16, 16, 6)).explores
@@ -286,7 +286,7 @@ def test_savings_are_not_carried_over():
     schedule = Schedule(CHEAP)
     for seed in range(FIRST_STEPS):
         schedule.record(*pools(seed, 16, 4, 6), 4)
-    schedule.spent(8, 1e6)
+    schedule.spent(1e6)
     due = ahead(16, 10**6, 6, 0)
     assert [schedule.next(due).explores for _ in range(100)].count(True) == 1
 

@@ -14,6 +14,8 @@ from batchgen_kernels.tree_attention import MAX_NODES, Block, Padded, Ragged, Sp
 
 # Slots that are read together. With 64 rows of 60 to 320 tokens blocks of 16 read about four fifths of what one does.
 BLOCK_SLOTS = 16
+# Padded queries that take as long as a slot of its own: with 128 tokens before them about 20, with 256 about 13.
+ALONE_NODES = 16
 # Packed tokens, and tiles, that captured passes are padded to.
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 
@@ -140,15 +142,24 @@ def _pad(rows: _Rows, tokens: _Tokens, heads: Heads) -> Padded:
     )
     count_S[slot_R], prefix_S[slot_R] = count_R, prefix_R
     length_S[slot_R] = np.maximum.reduceat(pool_position_N[packed], np.cumsum(count_R) - count_R) + 1
-    base_S, start, extents = np.zeros(num_slots, np.int64), 0, []
+    start, extents = 0, []
+    # A slot's first `width_S` tokens stand at `base_S`, what it has beyond them at `tail_S`.
+    width_S, base_S, tail_S = (np.zeros(num_slots, np.int64) for _ in range(3))
     for first in range(0, num_slots, BLOCK_SLOTS):
         stop = min(first + BLOCK_SLOTS, num_slots)
-        width, length = int(count_S[first:stop].max()), int(length_S[first:stop].max())
-        if width:
-            base_S[first:stop] = start + width * np.arange(stop - first)
-            extents.append((first, stop, start, width, length))
-            start += width * (stop - first)
-    flat = np.repeat(base_S[slot_R], count_R) + within
+        width = _shared_width(count_S[first:stop])
+        if width == 0:
+            continue
+        width_S[first:stop], base_S[first:stop] = width, start + width * np.arange(stop - first)
+        extents.append((first, stop, start, width, int(length_S[first:stop].max())))
+        start += width * (stop - first)
+        for slot in first + np.flatnonzero(count_S[first:stop] > width):
+            tail_S[slot] = start
+            extents.append((slot, slot + 1, start, int(count_S[slot]) - width, int(length_S[slot])))
+            start += int(count_S[slot]) - width
+    slot_N = np.repeat(slot_R, count_R)
+    beyond = within - width_S[slot_N]
+    flat = np.where(beyond < 0, base_S[slot_N] + within, tail_S[slot_N] + beyond)
     token_P, bits_P, position_P = (np.zeros(start, np.int64) for _ in range(3))
     for padded, values in ((token_P, packed), (bits_P, bits_N[packed]), (position_P, position_N[packed])):
         padded[flat] = values
@@ -168,6 +179,16 @@ def _pad(rows: _Rows, tokens: _Tokens, heads: Heads) -> Padded:
     return Padded(
         blocks, None if in_place else torch.from_numpy(token_P), torch.from_numpy(flat), torch.from_numpy(packed)
     )
+
+
+def _shared_width(count_S: np.ndarray) -> int:
+    """The width to which tiles of neighbouring slots are padded, 0 without any; what goes beyond is computed alone."""
+
+    def cost(width: int) -> int:
+        beyond = (count_S - width).clip(0)
+        return int(width * len(count_S) + (beyond + ALONE_NODES * (beyond > 0)).sum())
+
+    return min((int(count) for count in np.unique(count_S) if count), key=cost, default=0)
 
 
 def padded_size(num: int) -> int:

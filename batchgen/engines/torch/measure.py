@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from batchgen.engines.torch import forest
 from batchgen.engines.torch.kvcache import free_bytes
 from batchgen.engines.torch.layout import Tile
 from batchgen.speculation.costs import Costs, Table
@@ -17,13 +18,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from batchgen.engines.torch.draft import Draft
-    from batchgen.engines.torch.kvcache import Pool
     from batchgen.engines.torch.layout import Layout
     from batchgen.engines.torch.target import Target
 
 _GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 # Context of each row for the grid, and the longer one that tells what context costs.
 _SHORT, _LONG = 64, 512
+# Levels of which one is the mean.
+_LEVELS = 3
 
 
 def measure(target: Target, draft: Draft, batch_size: int) -> Costs:
@@ -45,31 +47,50 @@ def measure(target: Target, draft: Draft, batch_size: int) -> Costs:
         layout = _layout(target.layout, _spent(tokens, batch_size), context)
         target.verify(ids, layout, pool)[2].argmax(-1).tolist()
 
-    def level(tokens: int, context: int) -> None:
-        state = blank.new_zeros(tokens, draft.config.layer.hidden_size)
-        draft.level(*drafted(tokens, state, context), 2)[2].tolist()
-
     def extend(tokens: int, context: int) -> None:
-        out = draft.extend(*drafted(tokens, blank.new_zeros(tokens, draft.feature_width), context))
+        layout = _layout(draft.layout, _evenly(tokens, batch_size), context)
+        features = blank.new_zeros(tokens, draft.feature_width)
+        out = draft.extend(torch.arange(tokens, device=target.device), features, layout, draft_pool)
         draft.top(out[: min(tokens, batch_size)], 2)[1].tolist()
 
-    def drafted(tokens: int, hidden: torch.Tensor, context: int) -> tuple[torch.Tensor, torch.Tensor, Layout, Pool]:
-        layout = _layout(draft.layout, _evenly(tokens, batch_size), context)
-        return torch.arange(tokens, device=target.device), hidden, layout, draft_pool
+    def grow(tokens: int, context: int, depth: int) -> None:
+        rows = min(tokens, batch_size)
+        state = blank.new_zeros(rows, draft.config.layer.hidden_size)
+        shape = forest.Shape(depth, tokens // rows, MAX_NODES - 1)
+        forest.grow(draft, draft_pool, range(rows), state, [context] * rows, shape).on_host()
 
     def table(run: Callable[[int, int], None]) -> Table:
-        rows = min(batch_size, grid[-1])
-        at = grid.index(max(n for n in grid if n <= rows))
-        *seconds, longer = _seconds(run, [*((n, _SHORT) for n in grid), (grid[at], _LONG)])
-        per_context_token = max(0.0, (longer - seconds[at]) / (grid[at] * (_LONG - _SHORT)))
-        bare = [s - per_context_token * min(n, batch_size) * _SHORT for n, s in zip(grid, seconds, strict=True)]
-        return Table(grid, [max(s, 1e-6) for s in bare], per_context_token)
+        points = _points(grid, batch_size)
+        return _table(points, _seconds(run, points), batch_size)
 
-    costs = Costs(verify=table(verify), level=table(level), extend=table(extend), fixed=0.0)
+    def levels() -> Table:
+        # A level takes longer than the head's pass in it: with one row, ranking a wide level's children is half of it.
+        points = _points([n for n in grid if n <= 4 * batch_size and n % min(n, batch_size) == 0], batch_size)
+        depths = (1, 1 + _LEVELS)
+        seconds = _seconds(grow, [(*point, depth) for point in points for depth in depths])
+        pairs = zip(seconds[::2], seconds[1::2], strict=True)
+        return _table(points, [(deep - shallow) / _LEVELS for shallow, deep in pairs], batch_size)
+
+    costs = Costs(verify=table(verify), level=levels(), extend=table(extend), fixed=0.0)
     if target.device.type == "cuda":
         del pool, draft_pool
         torch.cuda.empty_cache()  # or the job would take these pools' memory for used
     return costs
+
+
+def _points(grid: Sequence[int], batch_size: int) -> list[tuple[int, int]]:
+    """Tokens and context of each measurement; the last one, beside the longest context, is of a token a row."""
+    alone = max(n for n in grid if n <= batch_size)
+    return [*((n, _SHORT) for n in grid), (alone, _LONG)]
+
+
+def _table(points: Sequence[tuple[int, int]], seconds: Sequence[float], batch_size: int) -> Table:
+    *grid, (alone, _) = points
+    *short, longer = seconds
+    tokens = [n for n, _ in grid]
+    per_context_token = max(0.0, (longer - short[tokens.index(alone)]) / (alone * (_LONG - _SHORT)))
+    bare = [s - per_context_token * min(n, batch_size) * _SHORT for n, s in zip(tokens, short, strict=True)]
+    return Table(tokens, [max(s, 1e-6) for s in bare], per_context_token)
 
 
 def _evenly(tokens: int, batch_size: int) -> list[int]:
@@ -99,7 +120,7 @@ def _layout(lay: Callable[..., Layout], counts: Sequence[int], context: int) -> 
     return layout
 
 
-def _seconds(run: Callable[[int, int], None], points: Sequence[tuple[int, int]]) -> list[float]:
+def _seconds(run: Callable[..., None], points: Sequence[tuple[int, ...]]) -> list[float]:
     """The fastest of three at each point, after one that pays for first use.
 
     Points take turns: what counts is how they differ, and a machine's speed drifts.
@@ -107,9 +128,9 @@ def _seconds(run: Callable[[int, int], None], points: Sequence[tuple[int, int]])
     taken = []
     for _ in range(4):
         turn = []
-        for tokens, context in points:
+        for point in points:
             began = time.perf_counter()
-            run(tokens, context)
+            run(*point)
             turn.append(time.perf_counter() - began)
         taken.append(turn)
     return [min(each[1:]) for each in zip(*taken, strict=True)]

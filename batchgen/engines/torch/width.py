@@ -168,9 +168,13 @@ class AutoTree:
         seconds = float(self.costs.verify(step.nodes, step.context)) + self._refine_draft(step)
         self._throughput.seen(step.rows, step.tokens, seconds)
         taken = step.draft_s + step.verify_s
-        self._schedule.spent(step.rows, taken, None if step.mixed else seconds, drafted=drafted is not None)
-        if not step.mixed:  # or the seconds would be the prompts' as well
-            self.costs.verify.refine(step.nodes, step.context, step.verify_s)
+        self._schedule.spent(taken)
+        if step.mixed:  # its seconds are the prompts' as well
+            return
+        if not self._exploring:
+            draft = PLAIN if drafted is None else Draft(drafted.shape.depth, drafted.shape.width)
+            self._schedule.timed(step.rows, draft, taken, seconds)
+        self.costs.refine_verify(step.nodes, step.context, step.verify_s)
 
     def _refine_draft(self, step: Step) -> float:
         """Learn what drafting took; returns the seconds that were expected."""
