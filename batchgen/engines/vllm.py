@@ -18,7 +18,7 @@ from batchgen.engines import vllm_process
 from batchgen.errors import EngineError, ModelError
 from batchgen.generate import completed_text
 from batchgen.record import Acceptance, Completion
-from batchgen.speculation.chain import ChainLengths
+from batchgen.speculation.chain import LONGEST, ChainLengths
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("batchgen.engines.vllm")
 
 _LENGTHS = {"num_speculative_tokens", "num_speculative_tokens_per_batch_size"}
-# Longest chain that `tree: auto` considers.
-LONGEST = 5
 # How often a row may be alone with a dying engine before it is to blame: processes are killed from outside, too.
 LAST_CHANCES = 1
 # Seconds between attempts to start an engine that ran before.
@@ -55,8 +53,9 @@ class VllmEngine:
 
     `options` are arguments of vLLM's `EngineArgs`. `draft` is loaded as it stands (`torch.weights.for_vllm`). `length`
     tokens are drafted a step; None drafts what pays at each number of rows, and keeps what it learns in the file
-    `lengths`. `end_token_ids` end a completion besides a row's own stop tokens. Sampled tokens depend on a row's own
-    seed only where nothing is drafted, and on vLLM's (`seed`) and the batch otherwise.
+    `lengths`; an engine that finds there that drafts hardly pay at `batch_size` rows starts without.
+    `end_token_ids` end a completion besides a row's own stop tokens. Sampled tokens depend on a row's own seed only
+    where nothing is drafted, and on vLLM's (`seed`) and the batch otherwise.
 
     Raises:
         SpecError: vLLM has no such option, or refuses its value.
@@ -85,6 +84,7 @@ class VllmEngine:
         self.capacity = batch_size + max(1, batch_size // 8)
         self._decode, self._end_token_ids = decode, end_token_ids
         self._lengths = lengths
+        self._learns = False
         self._arguments = self._engine_arguments(target, draft, dtype, device, options, length)
         self._arguments["seed"] = seed % 2**31
         self._rows: dict[str, _Row] = {}
@@ -132,12 +132,8 @@ class VllmEngine:
 
     def report(self) -> dict[str, Any]:
         """The draft lengths that were found to pay, and acceptance by position; empty where the job fixed them."""
-        if not self._learns:
-            return {}
-        try:
-            return ChainLengths.of_json(self._lengths.read_text()).report()
-        except (OSError, ValueError, TypeError, KeyError):
-            return {}
+        found = self._learned() if self._learns else None
+        return {} if found is None else found.report()
 
     def stop_speculating(self) -> None:
         """Tell vLLM with the next request to draft no more."""
@@ -154,9 +150,11 @@ class VllmEngine:
         self._refused.clear()
         self._shut_down()
 
-    @property
-    def _learns(self) -> bool:
-        return bool(self._arguments.get("additional_config"))
+    def _learned(self) -> ChainLengths | None:
+        try:
+            return ChainLengths.of_json(self._lengths.read_text())
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
 
     def _engine_arguments(
         self,
@@ -175,6 +173,13 @@ class VllmEngine:
         arguments["scheduler_cls"] = f"batchgen.engines.vllm_scheduler.{scheduler}"
         if draft is not None:
             speculative = {"method": "eagle3"} | speculative | {"model": str(draft)}
+        self._learns = bool(speculative) and length is None and not _LENGTHS & speculative.keys()
+        if self._learns:
+            arguments["additional_config"] = {"batchgen": {"lengths": str(self._lengths)}}
+            known = self._learned()
+            if known is not None and known.without_pays(self._batch_size):
+                log.info("drafts hardly pay at %d rows here: vLLM runs without (%s)", self._batch_size, self._lengths)
+                length = 0
         if not speculative or length == 0:
             arguments["speculative_config"] = None
             return arguments
@@ -182,11 +187,10 @@ class VllmEngine:
         arguments["speculative_config"] = speculative
         if length is not None:
             speculative["num_speculative_tokens"] = length
-        elif not _LENGTHS & speculative.keys():
+        elif self._learns:
             speculative["num_speculative_tokens"] = LONGEST
             # vLLM captures CUDA graphs for the lengths of its table; the scheduler's own takes its place.
             speculative["num_speculative_tokens_per_batch_size"] = _every_length(self._batch_size)
-            arguments["additional_config"] = {"batchgen": {"lengths": str(self._lengths)}}
         return arguments
 
     def _add(self, row: _Row) -> None:

@@ -22,7 +22,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from batchgen.generate import reaches_stop
-from batchgen.speculation.chain import ChainLengths
+from batchgen.speculation.chain import LONGEST, ChainLengths
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -44,7 +44,7 @@ class _Mixin(Scheduler):
         self._lengths: ChainLengths | None = None
         self._file = Path(asked["lengths"]) if "lengths" in asked else None
         if self._file is not None:
-            self._lengths = _load(self._file, self.num_spec_tokens)
+            self._lengths = _load(self._file)
         self._since = self._saved = time.monotonic()
         self._in_flight = self._planned = 0
         # Others draft for each row what was asked for, but at its end.
@@ -56,7 +56,7 @@ class _Mixin(Scheduler):
             self._since = time.monotonic()
         self._in_flight += 1
         rows = len(self.running) or len(self.waiting)
-        if self._lengths is not None and rows:
+        if self._lengths is not None and self.num_spec_tokens and rows:
             length = self._lengths.next(min(rows, self.max_num_running_reqs))
             self.dynamic_sd_lookup = [length] * (self.max_num_running_reqs + 1)
         return super().schedule(*args, **kwargs)
@@ -108,6 +108,11 @@ class _Mixin(Scheduler):
 
     def _learn(self, lengths: ChainLengths, scheduled: SchedulerOutput, ran: ModelRunnerOutput, seconds: float) -> None:
         drafts, num_scheduled = scheduled.scheduled_spec_decode_tokens, scheduled.num_scheduled_tokens
+        if not self.num_spec_tokens:
+            if all(num == 1 for num in num_scheduled.values()):
+                lengths.seen_without(len(num_scheduled), seconds)
+            self._save_in_time()
+            return
         # What this step verifies was drafted at the end of the one before it.
         planned, self._planned = self._planned, scheduled.num_spec_tokens_to_schedule
         # A row that was preempted has output, too, and reads all of it again.
@@ -124,6 +129,9 @@ class _Mixin(Scheduler):
         if planned == self._planned and 2 * len(decoding) > len(num_scheduled):
             prompt_tokens = sum(num_scheduled.values()) - sum(num_scheduled[each] for each in decoding)
             lengths.seen(len(num_scheduled), planned, seconds, prompt_tokens)
+        self._save_in_time()
+
+    def _save_in_time(self) -> None:
         if time.monotonic() - self._saved > SAVE_SECONDS:
             self._save()
 
@@ -153,9 +161,8 @@ def _asked(request: Request) -> dict[str, Any]:
     return asked
 
 
-def _load(file: Path, longest: int) -> ChainLengths:
+def _load(file: Path) -> ChainLengths:
     try:
-        found = ChainLengths.of_json(file.read_text())
+        return ChainLengths.of_json(file.read_text())
     except (OSError, ValueError, TypeError, KeyError):
-        return ChainLengths(longest)
-    return found if found.longest == longest else ChainLengths(longest)
+        return ChainLengths(LONGEST)

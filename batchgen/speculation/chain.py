@@ -1,8 +1,15 @@
 """How many tokens to draft for every row, where an engine drafts chains of one length for all: vLLM.
 
 Such an engine tells what its steps took and how many tokens were accepted at each position, nothing else. So lengths
-are compared by measurement: for each power of two of running rows, the best length so far is at work, and now and then
-a few steps probe a neighbour. Length 0 is a candidate like any other.
+are compared by measurement, for each power of two of running rows apart. The first steps try one length after the
+other, none first, and leave out those that could not win if they took as long as the next shorter one that was tried.
+From then on the best length is at work, and now and then a few steps probe a neighbour, or none.
+
+A machine's speed drifts for every length: what is at work carries what is known of the others along.
+
+Length 0 is not for free, an engine that could draft runs its head all the same. Whether to start one that cannot is
+decided before it starts (`without_pays`): where none or hardly anything pays at the job's number of rows, the next job
+is run without, and from then on it is known which is better.
 
 Steps that read prompts beside the decoding rows take longer by the tokens that they read, and in a large batch hardly a
 step reads none. So the price of such a token is fitted, and the seconds of a length are those of a step without:
@@ -22,18 +29,24 @@ from batchgen.speculation.costs import MAX_RATIO
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+# Longest chain that is considered.
+LONGEST = 5
 # Steps of one probe; the first of them still verifies what was drafted before it, and is not measured.
 PROBE_STEPS = 4
-# Steps between two probes: the fewest, in a batch of a size never seen before, and the most where a probe costs little.
-FIRST_PAUSE, LONGEST_PAUSE = 8, 128
+# Steps between two probes: the fewest, once every length that might win was tried, and the most.
+FIRST_PAUSE, LONGEST_PAUSE = 32, 128
 # What probing may lose of all tokens, once every pause is a long one.
 PROBE_SHARE = 0.005
 # A length must promise this multiple of the current one's tokens per second to replace it.
 MARGIN = 1.02
+# What length 0 must be worth, as a share of the best length, to try an engine that cannot draft.
+TRY_WITHOUT = 0.9
 # Steps that a mean of seconds remembers, and drafts that an acceptance rate remembers.
 MEMORY_STEPS, MEMORY_DRAFTS = 32, 4096
-# Drafts at a position before its rate is believed; until then it counts as good as the one before it.
-WARM_UP_DRAFTS = 32
+# Drafts that weigh as much as what is assumed of a position: the rate of the one before it, of the first `FIRST_RATE`.
+PRIOR_DRAFTS, FIRST_RATE = 8, 0.8
+# How far a length that has become slower or faster moves all others.
+DRIFT = 0.75
 
 
 @dataclasses.dataclass(slots=True)
@@ -64,6 +77,7 @@ class _Size:
 
     best: int
     steps: dict[int, _Steps] = dataclasses.field(default_factory=dict)
+    without: _Steps = dataclasses.field(default_factory=_Steps)
     probes: dict[int, int] = dataclasses.field(default_factory=dict)
     pause: int = FIRST_PAUSE
     wait: int = FIRST_PAUSE
@@ -94,10 +108,12 @@ class ChainLengths:
         """The length to draft in a step of `rows` rows."""
         size = self._size(rows)
         if size.probing is None:
-            size.wait -= 1
-            if size.wait > 0:
-                return size.best
-            size.probing, size.left = self._candidate(size), PROBE_STEPS
+            untried = self._untried(size)
+            if untried is None:
+                size.wait -= 1
+                if size.wait > 0:
+                    return size.best
+            size.probing, size.left = self._candidate(size) if untried is None else untried, PROBE_STEPS
             size.probes[size.probing] = size.probes.get(size.probing, 0) + 1
         length = size.probing
         size.left -= 1
@@ -110,7 +126,13 @@ class ChainLengths:
     def seen(self, rows: int, length: int, seconds: float, prompt_tokens: int = 0) -> None:
         """A step of `rows` rows verified chains of `length` and drafted as many, beside reading `prompt_tokens`."""
         size = self._size(rows)
-        size.steps.setdefault(length, _Steps()).add(seconds, prompt_tokens)
+        steps = size.steps.setdefault(length, _Steps())
+        before = steps.seconds if steps.num == MEMORY_STEPS and not prompt_tokens else None
+        steps.add(seconds, prompt_tokens)
+        if before is not None:
+            for other in size.steps.values():
+                if other is not steps:
+                    other.seconds *= (steps.seconds / before) ** DRIFT
         if size.probing is None:
             values = self._values(size)
             # A length that was never at work has no value: the first measured one replaces it.
@@ -130,10 +152,9 @@ class ChainLengths:
 
     def tokens(self, length: int) -> float:
         """Expected tokens of a row and step that verifies a chain of `length`."""
-        rate, path, total = 1.0, 1.0, 1.0
+        rate, path, total = FIRST_RATE, 1.0, 1.0
         for drafted, accepted in zip(self._drafted[:length], self._accepted[:length], strict=True):
-            if drafted >= WARM_UP_DRAFTS:
-                rate = accepted / drafted
+            rate = (accepted + PRIOR_DRAFTS * rate) / (drafted + PRIOR_DRAFTS)
             path *= rate
             total += path
         return total
@@ -148,6 +169,24 @@ class ChainLengths:
             for first, last, bucket in zip(starts, stops, known, strict=bool(known))
         ]
 
+    def seen_without(self, rows: int, seconds: float) -> None:
+        """A step of `rows` rows, that read no prompt, of an engine that cannot draft took `seconds`."""
+        self._size(rows).without.add(seconds, 0)
+
+    def without_pays(self, rows: int) -> bool:
+        """Whether an engine that cannot draft is better at this number of rows, or worth a try.
+
+        False before every length that might pay was tried.
+        """
+        size = self._sizes.get(_bucket(rows))
+        if size is None or self._untried(size) is not None:
+            return False
+        values = self._values(size)
+        best = max(values.values(), default=0.0)
+        if size.without.num:
+            return 1 / size.without.seconds > best
+        return values.get(0, 0.0) > TRY_WITHOUT * best
+
     def report(self) -> dict[str, Any]:
         """Acceptance by position and the lengths that won, for the job's summary."""
         known = self._drafted > 0
@@ -160,7 +199,8 @@ class ChainLengths:
     def as_json(self) -> str:
         """All that was learned."""
         sizes = {
-            bucket: {"best": size.best, "seconds": list(size.seconds().items())} for bucket, size in self._sizes.items()
+            bucket: {"best": size.best, "seconds": list(size.seconds().items()), "without": size.without.seconds}
+            for bucket, size in self._sizes.items()
         }
         counts = {"drafted": self._drafted.tolist(), "accepted": self._accepted.tolist()}
         return json.dumps({"longest": self.longest, "sizes": sizes} | counts)
@@ -178,12 +218,14 @@ class ChainLengths:
         lengths._accepted = _counts(facts["accepted"], lengths.longest)
         for bucket, size in facts["sizes"].items():
             steps = {int(length): _Steps(num=1, seconds=float(seconds)) for length, seconds in size["seconds"]}
-            known = _Size(int(size["best"]), steps, pause=LONGEST_PAUSE, wait=LONGEST_PAUSE)
+            seconds = float(size["without"])
+            without = _Steps(num=int(seconds > 0), seconds=seconds)
+            known = _Size(int(size["best"]), steps, without, pause=LONGEST_PAUSE, wait=LONGEST_PAUSE)
             lengths._sizes[int(bucket)] = known
         return lengths
 
     def _size(self, rows: int) -> _Size:
-        bucket = (rows - 1).bit_length()
+        bucket = _bucket(rows)
         if bucket not in self._sizes:
             near = min(self._sizes, key=lambda other: abs(other - bucket), default=None)
             best = self.longest // 2 if near is None else self._sizes[near].best
@@ -201,10 +243,31 @@ class ChainLengths:
             return 0
         return round(PROBE_STEPS * max(0.0, 1 - values[probed] / values[size.best]) / PROBE_SHARE)
 
+    def _untried(self, size: _Size) -> int | None:
+        """The length that promises most of those never tried here, none first; None where no such one might win."""
+        seconds, tried = size.seconds(), size.steps.keys() | size.probes.keys()
+        if 0 not in tried:
+            return 0
+        if 0 not in seconds:
+            return None  # its steps are under way
+        to_beat = MARGIN * max(self._values(size).values())
+        promises = {
+            length: self.tokens(length) / max(s for shorter, s in seconds.items() if shorter < length)
+            for length in range(1, self.longest + 1)
+            if length not in tried
+        }
+        best = max(promises, key=lambda length: promises[length], default=None)
+        return best if best is not None and promises[best] > to_beat else None
+
     def _candidate(self, size: _Size) -> int:
         """The neighbour, or 0, that was probed least; of equals the longer one, which tells more."""
         near = {size.best - 1, size.best + 1, 0} & set(range(self.longest + 1)) - {size.best}
         return min(sorted(near, reverse=True), key=lambda length: size.probes.get(length, 0), default=size.best)
+
+
+def _bucket(rows: int) -> int:
+    """The power of two that holds `rows`."""
+    return (rows - 1).bit_length()
 
 
 def _counts(values: Sequence[float], num: int) -> np.ndarray[Any, Any]:

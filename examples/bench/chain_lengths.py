@@ -2,9 +2,10 @@
 
     python examples/bench/chain_lengths.py --rows 1,8,32,64 --json examples/bench/results/chain-lengths-cpu.json
 
-Every mode is a vLLM engine of its own, all started at once, of which one computes at a time (`results.interleave`).
-Rows are greedy and run to the same length; the clock starts when all of them have their first token. `auto` has decoded
-`--warm-steps` steps of each number of rows before: a job does so for hours. Needs vLLM beside batchgen.
+For each number of rows every mode is a vLLM engine of that batch size, of which one computes at a time
+(`results.interleave`). Rows are greedy and run to the same length; the clock starts when all of them have their first
+token. `auto` has decoded `--warm-steps` steps twice before, as the first two jobs on a machine do, and was then started
+anew with what it had learned, as the next one is. Needs vLLM beside batchgen.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 EXAMPLES = Path(__file__).parents[1]
 
 
-def engine(mode: str, args: argparse.Namespace, folder: str) -> Any:
-    """A vLLM engine that drafts by `mode`: `plain`, `chain-K` or `auto`."""
+def engine(mode: str, rows: int, args: argparse.Namespace, folder: str) -> Any:
+    """A vLLM engine of `rows` rows that drafts by `mode`: `plain`, `chain-K` or `auto`."""
     tree = {"plain": "=off", "auto": "=auto"}.get(mode) or f".depth={mode.removeprefix('chain-')}"
     asked = [
         "engine.kind=vllm",
@@ -37,14 +38,14 @@ def engine(mode: str, args: argparse.Namespace, folder: str) -> Any:
         f"model.dtype={args.dtype}",
         f"model.draft={EXAMPLES / 'smollm2'}",
         f"speculation.tree{tree}",
-        "batch_size=64",
+        f"batch_size={rows}",
         f"engine.options.gpu_memory_utilization={args.memory}",
         "engine.options.max_model_len=2048",
         "engine.options.enable_prefix_caching=false",
     ]
     job = spec.load(str(EXAMPLES.parent / "jobs/quickstart.yaml"), asked)
     target, draft = models.fetch(job.model.target), models.fetch(str(EXAMPLES / "smollm2"))
-    built: Any = engines.build(job, target, None if mode == "plain" else draft, str, Path(folder) / mode)
+    built: Any = engines.build(job, target, None if mode == "plain" else draft, str, Path(folder))
     built._end_token_ids = frozenset()  # noqa: SLF001  # every row runs to its length
     return built
 
@@ -69,6 +70,32 @@ def decode(running: Any, prompts: Sequence[list[int]], max_tokens: int) -> dict[
     }
 
 
+def turn(running: Any, groups: Sequence[Sequence[list[int]]], max_tokens: int) -> dict[str, float]:
+    """Decode one group of prompts after the other; means."""
+    runs = [decode(running, group, max_tokens) for group in groups]
+    facts = {name: sum(run[name] for run in runs) / len(runs) for name in runs[0]}
+    return {"tokens_per_s": facts.pop("tokens") / facts.pop("seconds")} | facts
+
+
+def compare(rows: int, prompts: list[list[int]], args: argparse.Namespace, folder: str) -> list[dict[str, Any]]:
+    """All modes at one number of rows."""
+    modes = args.modes.split(",")
+    # One row says little: it takes several prompts one after the other.
+    groups = [prompts[i : i + rows] for i in range(0, max(rows, 8), rows)]
+    learned: list[dict[str, Any]] = []
+    for _ in range(2 if "auto" in modes else 0):
+        early, steps = engine("auto", rows, args, folder), 0.0
+        while steps < args.warm_steps:
+            steps += turn(early, groups, args.max_tokens)["steps"] * len(groups)
+        early.close()
+        learned = [{"rows": rows, "mode": "auto"} | early.report()]
+    running = {mode: engine(mode, rows, args, folder) for mode in modes}
+    facts = interleave(lambda mode: turn(running[mode], groups, args.max_tokens), modes, args.turns, rows=rows)
+    for each in running.values():
+        each.close()
+    return facts + learned
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rows", default="1,8,32,64", help="numbers of running rows, up to 64")
@@ -85,27 +112,8 @@ def main() -> None:
 
     path = models.fetch("demo:smollm2-135m").path
     prompts = [prompt[-args.prompt_tokens :] for prompt in mixed_prompts(AutoTokenizer.from_pretrained(path))]
-    modes = args.modes.split(",")
-    results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        running = {mode: engine(mode, args, folder) for mode in modes}
-        for rows in map(int, args.rows.split(",")):
-            # One row says little: it takes several prompts one after the other.
-            groups = [prompts[i : i + rows] for i in range(0, max(rows, 8), rows)]
-
-            def turn(mode: str, groups: list[list[list[int]]] = groups) -> dict[str, float]:
-                runs = [decode(running[mode], group, args.max_tokens) for group in groups]
-                facts = {name: sum(run[name] for run in runs) / len(runs) for name in runs[0]}
-                return {"tokens_per_s": facts.pop("tokens") / facts.pop("seconds")} | facts
-
-            warm = 0.0
-            while "auto" in running and warm < args.warm_steps:
-                warm += turn("auto")["steps"] * len(groups)
-            results += interleave(turn, modes, args.turns, rows=rows)
-        if "auto" in running:
-            results.append({"mode": "auto"} | running["auto"].report())
-        for each in running.values():
-            each.close()
+        results = [fact for rows in map(int, args.rows.split(",")) for fact in compare(rows, prompts, args, folder)]
     write(args.json, results, args, args.device)
 
 

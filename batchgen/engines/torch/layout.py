@@ -153,13 +153,13 @@ def _pad(rows: _Rows, tokens: _Tokens, heads: Heads) -> Padded:
         width_S[first:stop], base_S[first:stop] = width, start + width * np.arange(stop - first)
         extents.append((first, stop, start, width, int(length_S[first:stop].max())))
         start += width * (stop - first)
-        for slot in first + np.flatnonzero(count_S[first:stop] > width):
-            tail_S[slot] = start
-            extents.append((slot, slot + 1, start, int(count_S[slot]) - width, int(length_S[slot])))
-            start += int(count_S[slot]) - width
+        for slot in (first + np.flatnonzero(count_S[first:stop] > width)).tolist():
+            tail_S[slot], beyond = start, int(count_S[slot]) - width
+            extents.append((slot, slot + 1, start, beyond, int(length_S[slot])))
+            start += beyond
     slot_N = np.repeat(slot_R, count_R)
-    beyond = within - width_S[slot_N]
-    flat = np.where(beyond < 0, base_S[slot_N] + within, tail_S[slot_N] + beyond)
+    in_tail_N = within - width_S[slot_N]
+    flat = np.where(in_tail_N < 0, base_S[slot_N] + within, tail_S[slot_N] + in_tail_N)
     token_P, bits_P, position_P = (np.zeros(start, np.int64) for _ in range(3))
     for padded, values in ((token_P, packed), (bits_P, bits_N[packed]), (position_P, position_N[packed])):
         padded[flat] = values
