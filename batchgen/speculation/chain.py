@@ -182,10 +182,10 @@ class ChainLengths:
         if size is None or self._untried(size) is not None:
             return False
         values = self._values(size)
-        best = max(values.values(), default=0.0)
-        if size.without.num:
+        none, best = values.get(0, 0.0), max(values.values(), default=0.0)
+        if size.without.num and none < best:  # else it does the same with less work, whatever a noisy hour said of it
             return 1 / size.without.seconds > best
-        return values.get(0, 0.0) > TRY_WITHOUT * best
+        return none > TRY_WITHOUT * best
 
     def report(self) -> dict[str, Any]:
         """Acceptance by position and the lengths that won, for the job's summary."""
