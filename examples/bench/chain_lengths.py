@@ -3,9 +3,10 @@
     python examples/bench/chain_lengths.py --rows 1,8,32,64 --json examples/bench/results/chain-lengths-cpu.json
 
 For each number of rows every mode is a vLLM engine of that batch size, of which one computes at a time
-(`results.interleave`). Rows are greedy and run to the same length; the clock starts when all of them have their first
-token. `auto` has decoded `--warm-steps` steps twice before, as the first two jobs on a machine do, and was then started
-anew with what it had learned, as the next one is. Needs vLLM beside batchgen.
+(`results.interleave`). Rows are greedy and run to the same length, twice as many as run at once; the clock starts when
+all that run have their first token, and stops when the first place stays empty: a batch that drains says more of how
+acceptance is spread than of a step. `auto` has decoded `--warm-steps` steps twice before, as the first two jobs on a
+machine do, and was then started anew with what it had learned, as the next one is. Needs vLLM beside batchgen.
 """
 
 from __future__ import annotations
@@ -51,19 +52,22 @@ def engine(mode: str, rows: int, args: argparse.Namespace, folder: str) -> Any:
 
 
 def decode(running: Any, prompts: Sequence[list[int]], max_tokens: int) -> dict[str, float]:
-    """Run a row of each prompt to its end."""
-    for i, prompt in enumerate(prompts):
+    """Run two rows of each prompt to their ends, as many at once as there are prompts."""
+    for i, prompt in enumerate([*prompts, *prompts]):
         running.submit(Request(i, str(i), 0, prompt, Sampling(max_tokens=max_tokens)))
     done = []
-    while running.unfinished and not all(row.token_ids for row in running._rows.values()):  # noqa: SLF001
+    while sum(bool(row.token_ids) for row in running._rows.values()) < len(prompts):  # noqa: SLF001
         done += running.step()
     began, before = time.perf_counter(), running.num_tokens
+    while running.unfinished >= len(prompts):
+        done += running.step()
+    seconds, tokens = time.perf_counter() - began, running.num_tokens - before
     while running.unfinished:
         done += running.step()
     steps = sum(c.acceptance.target_steps for c in done)
     return {
-        "tokens": running.num_tokens - before,
-        "seconds": time.perf_counter() - began,
+        "tokens": tokens,
+        "seconds": seconds,
         "steps": steps / len(prompts),
         "acceptance_length": sum(len(c.token_ids) - 1 for c in done) / steps,
         "drafted_per_step": sum(c.acceptance.draft_tokens for c in done) / steps,
