@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 LONGEST = 5
 # Steps of one probe; the first of them still verifies what was drafted before it, and is not measured.
 PROBE_STEPS = 4
-# Steps between two probes: the fewest, once every length that might win was tried, and the most.
-FIRST_PAUSE, LONGEST_PAUSE = 32, 128
-# What probing may lose of all tokens, once every pause is a long one.
-PROBE_SHARE = 0.005
+# Steps between two probes, at least: of a length that is hardly known yet, and of one that is.
+FIRST_PAUSE, PAUSE = 8, 128
+# What probing may lose of all tokens.
+PROBE_SHARE = 0.01
 # A length must promise this multiple of the current one's tokens per second to replace it.
 MARGIN = 1.02
 # What length 0 must be worth, as a share of the best length, to try an engine that cannot draft.
@@ -79,7 +79,6 @@ class _Size:
     steps: dict[int, _Steps] = dataclasses.field(default_factory=dict)
     without: _Steps = dataclasses.field(default_factory=_Steps)
     probes: dict[int, int] = dataclasses.field(default_factory=dict)
-    pause: int = FIRST_PAUSE
     wait: int = FIRST_PAUSE
     probing: int | None = None
     left: int = 0
@@ -119,8 +118,7 @@ class ChainLengths:
         size.left -= 1
         if size.left == 0:
             size.probing = None
-            size.pause = min(2 * size.pause, LONGEST_PAUSE)
-            size.wait = max(size.pause, self._repaid(size, length))
+            size.wait = self._pause(size, length)
         return length
 
     def seen(self, rows: int, length: int, seconds: float, prompt_tokens: int = 0) -> None:
@@ -139,7 +137,7 @@ class ChainLengths:
             now = MARGIN * values.get(size.best, 0.0)
             best = max(values, key=lambda each: values[each])
             if values[best] > now:
-                size.best, size.pause, size.wait = best, FIRST_PAUSE, FIRST_PAUSE
+                size.best, size.wait = best, FIRST_PAUSE
 
     def judged(self, drafted: int, accepted: int) -> None:
         """Of a chain of `drafted` tokens the first `accepted` were."""
@@ -199,7 +197,11 @@ class ChainLengths:
     def as_json(self) -> str:
         """All that was learned."""
         sizes = {
-            bucket: {"best": size.best, "seconds": list(size.seconds().items()), "without": size.without.seconds}
+            bucket: {
+                "best": size.best,
+                "seconds": [(length, seconds, size.steps[length].num) for length, seconds in size.seconds().items()],
+                "without": size.without.seconds,
+            }
             for bucket, size in self._sizes.items()
         }
         counts = {"drafted": self._drafted.tolist(), "accepted": self._accepted.tolist()}
@@ -217,10 +219,10 @@ class ChainLengths:
         lengths._drafted = _counts(facts["drafted"], lengths.longest)
         lengths._accepted = _counts(facts["accepted"], lengths.longest)
         for bucket, size in facts["sizes"].items():
-            steps = {int(length): _Steps(num=1, seconds=float(seconds)) for length, seconds in size["seconds"]}
+            steps = {int(length): _Steps(int(num), float(seconds)) for length, seconds, num in size["seconds"]}
             seconds = float(size["without"])
-            without = _Steps(num=int(seconds > 0), seconds=seconds)
-            known = _Size(int(size["best"]), steps, without, pause=LONGEST_PAUSE, wait=LONGEST_PAUSE)
+            without = _Steps(int(seconds > 0), seconds)
+            known = _Size(int(size["best"]), steps, without)
             lengths._sizes[int(bucket)] = known
         return lengths
 
@@ -236,12 +238,14 @@ class ChainLengths:
         """Tokens per second of a row, by length."""
         return {length: self.tokens(length) / seconds for length, seconds in size.seconds().items()}
 
-    def _repaid(self, size: _Size, probed: int) -> int:
-        """Steps after which what a probe of this length loses is no more than `PROBE_SHARE`."""
+    def _pause(self, size: _Size, probed: int) -> int:
+        """Steps until the next probe: enough that what one of this length loses is no more than `PROBE_SHARE`."""
+        steps = size.steps.get(probed)
+        least = PAUSE if steps is not None and steps.num == MEMORY_STEPS else FIRST_PAUSE
         values = self._values(size)
         if probed not in values or size.best not in values:
-            return 0
-        return round(PROBE_STEPS * max(0.0, 1 - values[probed] / values[size.best]) / PROBE_SHARE)
+            return least
+        return max(least, round(PROBE_STEPS * max(0.0, 1 - values[probed] / values[size.best]) / PROBE_SHARE))
 
     def _untried(self, size: _Size) -> int | None:
         """The length that promises most of those never tried here, none first; None where no such one might win."""
