@@ -34,7 +34,7 @@ REPAY_STEPS = 64
 # Over how many steps the arrival of prompts is averaged.
 ARRIVAL_STEPS = 128
 # What drafting must promise, as a multiple of plain tokens per second.
-MARGIN = 1.03
+MARGIN = 1.05
 EXPLORE_SHARE = 0.01
 # Steps between two explorations, and between two looks at the same question where nothing was explored.
 EXPLORE_STEPS, DECISION_STEPS = 32, 64
