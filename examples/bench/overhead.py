@@ -73,7 +73,7 @@ def whole_job(prepared: Job, engine: Any, out: str) -> float:
     began = time.perf_counter()
     made = dataclasses.replace(prepared, spec=prepared.spec.model_copy(update={"output": spec.OutputSpec(path=out)}))
     with Lease.take(made.sink, made.output, ttl_s=made.spec.checkpoint.lease_seconds) as lease:
-        tally = Worker(made.task(lease.epoch), engine, made.kit.renderer).run(made.todo)
+        tally = Worker(made.task(lease.epoch), engine, made.kit.renderer, made.kit.screen).run(made.todo)
     summary = report.summarise(made.sink, made.output, made.plan, 1)
     assert not summary.problems, summary.problems
     return tally.completion_tokens / (time.perf_counter() - began)
