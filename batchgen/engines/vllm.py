@@ -84,7 +84,6 @@ class VllmEngine:
         self.capacity = batch_size + max(1, batch_size // 8)
         self._decode, self._end_token_ids = decode, end_token_ids
         self._lengths = lengths
-        self._learns = False
         self._arguments = self._engine_arguments(target, draft, dtype, device, options, length)
         self._arguments["seed"] = seed % 2**31
         self._rows: dict[str, _Row] = {}

@@ -163,6 +163,7 @@ def _asked(request: Request) -> dict[str, Any]:
 
 def _load(file: Path) -> ChainLengths:
     try:
-        return ChainLengths.of_json(file.read_text())
+        found = ChainLengths.of_json(file.read_text())
     except (OSError, ValueError, TypeError, KeyError):
         return ChainLengths(LONGEST)
+    return found if found.longest == LONGEST else ChainLengths(LONGEST)

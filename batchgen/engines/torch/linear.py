@@ -1,9 +1,9 @@
 """Matrix products with a weight, by the fastest exact way that the machine has.
 
 Where a CPU has no unit for products of bfloat16 matrices (AMX), oneDNN's bfloat16 is slower than float32 arithmetic: it
-is scalar code on AVX2, and on AVX-512 with bfloat16 dot products 1.4 to 2 times as slow from 8 rows on, and even with
-fewer. There a bfloat16 model keeps its weights rounded to it, and activations, keys and values are float32. Weights are
-still read as two bytes: FBGEMM packs them as float16 (pytorch/FBGEMM, FbgemmFP16.h), and since a bfloat16 number has
+is scalar code on AVX2, and on AVX-512 with bfloat16 dot products 1.4 to 1.7 times as slow from 8 rows on. There a
+bfloat16 model keeps its weights rounded to it, and activations, keys and values are float32. Weights are still read as
+two bytes: FBGEMM packs them as float16 (pytorch/FBGEMM, FbgemmFP16.h), and since a bfloat16 number has
 fewer digits, packing is exact from 2^-14 to 65504 in magnitude, and off by at most 2^-25 below. The products of the
 demo model then take 6.9, 20.7 and 79.9 ms with 1, 16 and 64 rows on two AVX-512 cores, where oneDNN's packed weights
 take 7.7, 30.8 and 114 ms in bfloat16 and 13.9, 26.2 and 77.8 ms in float32.

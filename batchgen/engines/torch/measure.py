@@ -64,7 +64,7 @@ def measure(target: Target, draft: Draft, batch_size: int) -> Costs:
         return _table(points, _seconds(run, points), batch_size)
 
     def levels() -> Table:
-        # A level takes longer than the head's pass in it: with one row, ranking a wide level's children is half of it.
+        # A level takes longer than the head's pass in it: its children are ranked, and the next level laid out.
         points = _points([n for n in grid if n <= 4 * batch_size and n % min(n, batch_size) == 0], batch_size)
         depths = (1, 1 + _LEVELS)
         seconds = _seconds(grow, [(*point, depth) for point in points for depth in depths])
