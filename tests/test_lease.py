@@ -43,10 +43,10 @@ with Lease.take(connect(folder, options), folder, ttl_s=ttl_s) as lease:
 
 
 @contextlib.contextmanager
-def holder(anywhere: Anywhere) -> Iterator[tuple[subprocess.Popen[str], int]]:
+def holder(anywhere: Anywhere, ttl_s: float = TTL_S) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """A process that holds the folder's lease, and its epoch."""
     folder, options = anywhere
-    command = [sys.executable, "-c", HOLDER, folder, json.dumps(options), str(TTL_S)]
+    command = [sys.executable, "-c", HOLDER, folder, json.dumps(options), str(ttl_s)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
@@ -64,7 +64,7 @@ def test_epochs_grow_and_what_is_released_is_free_at_once(anywhere: Anywhere) ->
             assert lease.epoch == epoch
             lease.check()
             verify(store, folder, epoch)
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 30
     with Lease.take(store, folder, ttl_s=60), pytest.raises(LeaseLostError, match="taken over by process"):
         verify(store, folder, 3)
 
@@ -72,21 +72,21 @@ def test_epochs_grow_and_what_is_released_is_free_at_once(anywhere: Anywhere) ->
 def test_a_holder_that_lives_is_not_taken_over(anywhere: Anywhere) -> None:
     store = connect(*anywhere)
     store.find(anywhere[0])  # a client of S3 takes its time to start
-    with holder(anywhere) as (process, _):
+    with holder(anywhere, ttl_s=12) as (process, _):
         began = time.monotonic()
         with pytest.raises(LeaseHeldError, match=rf"held by process {process.pid} on .*, since 20\d\d-"):
-            Lease.take(store, anywhere[0], ttl_s=TTL_S)
-        assert time.monotonic() - began < TTL_S, "seen by its first beat"
+            Lease.take(store, anywhere[0], ttl_s=12)
+        assert time.monotonic() - began < 12, "seen by its first beat"
 
 
 def test_a_killed_process_of_this_machine_is_taken_over_at_once(anywhere: Anywhere) -> None:
     store = connect(*anywhere)
-    with holder(anywhere) as (process, epoch):
+    with holder(anywhere, ttl_s=60) as (process, epoch):
         process.kill()
         process.wait()
         began = time.monotonic()
-        with Lease.take(store, anywhere[0], ttl_s=TTL_S) as lease:
-            assert time.monotonic() - began < TTL_S / 2
+        with Lease.take(store, anywhere[0], ttl_s=60) as lease:
+            assert time.monotonic() - began < 30, "waited for the dead process' time to run out"
             assert lease.epoch == epoch + 1
 
 

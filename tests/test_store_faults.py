@@ -80,7 +80,7 @@ def test_reads_and_listings_outlive_faults(faulty: tuple[str, Store], faults: Fa
     assert len(store.find(folder, recursive=False)) == 3
     after(listing)
     assert len(store.glob(f"{folder}/*")) == 3
-    after(listing)
+    after(f"{listing}/")  # gcsfs asks for the object and for a folder at once, and needs no answer to the latter
     assert store.info(f"{folder}/0").size_bytes == 10
     after(DOWNLOAD)
     assert store.tails(list(store.find(folder).values()), 4) == [b"6789"] * 3
