@@ -188,10 +188,12 @@ def _tuned(reports: list[dict[str, Any]]) -> list[str]:
             f"tree auto: {share:.0%} of steps drafted, {nodes:.2f} nodes a row and step; {came:.2f} tokens a step, "
             f"{expected:.2f} expected"
         )
-    chains = [report["lengths"] for report in reports if "lengths" in report]
-    if chains:
-        lengths = ", ".join(f"{first}-{last} rows: {length}" for first, last, length in chains[0])
+    chain = next((report for report in reports if "lengths" in report), None)
+    if chain is not None and chain["head"]:
+        lengths = ", ".join(f"{first}-{last} rows: {length}" for first, last, length in chain["lengths"])
         lines.append(f"tree auto: tokens drafted at {lengths}")
+    elif chain is not None:
+        lines.append("tree auto: vLLM ran without the head: earlier jobs found that drafts hardly pay here")
     return lines
 
 

@@ -130,9 +130,12 @@ class VllmEngine:
         return completed
 
     def report(self) -> dict[str, Any]:
-        """The draft lengths that were found to pay, and acceptance by position; empty where the job fixed them."""
+        """The draft lengths that were found to pay, acceptance by position, and whether the head ran at all.
+
+        Empty where the job fixed the length.
+        """
         found = self._learned() if self._learns else None
-        return {} if found is None else found.report()
+        return {} if found is None else found.report() | {"head": self._arguments["speculative_config"] is not None}
 
     def stop_speculating(self) -> None:
         """Tell vLLM with the next request to draft no more."""

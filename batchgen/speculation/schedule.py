@@ -9,8 +9,8 @@ shape keeps, and on the prompts of rows that arrive. After plain steps far more 
 only at itself would never draft again. That debt is paid once, so a shape bears a share of it, as if it were repaid
 over `REPAY_STEPS` steps, or over fewer where the rows that owe it end before.
 
-Drafting must promise a little more than a plain step: what a plain step gives is known, and the best of many forecasts
-is mostly the most mistaken one.
+What a shape promises is taken for as much as promises proved worth (`outcomes`), and must still be a little more than
+a plain step. While drafting pays little, a plain step is taken now and then to compare with.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from batchgen.speculation.costs import MAX_RATIO
 from batchgen.speculation.hindsight import Hindsight
+from batchgen.speculation.outcomes import Outcomes, bucket
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -31,20 +31,20 @@ if TYPE_CHECKING:
     from batchgen.speculation.costs import Costs
 
 REPAY_STEPS = 64
-# Over how many steps the arrival of prompts is averaged.
+# Over how many steps the prompt tokens that arrive, by running row, are averaged.
 ARRIVAL_STEPS = 128
 # What drafting must promise, as a multiple of plain tokens per second.
-MARGIN = 1.05
+MARGIN = 1.03
+# What the plain steps may cost that are taken beside drafting ones, and the least number of steps between two.
+PLAIN_SHARE, PLAIN_EVERY = 0.005, 8
 EXPLORE_SHARE = 0.01
 # Steps between two explorations, and between two looks at the same question where nothing was explored.
-EXPLORE_STEPS, DECISION_STEPS = 32, 64
+EXPLORE_STEPS, DECISION_STEPS = 32, 16
 # Before exploring has to be paid for: the first row of a small batch may be nothing like the next, and the first step
 # of a large one is judged by a calibration that has seen nothing.
 FIRST_ROWS, FIRST_STEPS = 16, 4
 # Rows that explore where the others go on plainly: those with the least to catch up on.
 EXPLORE_ROWS = 16
-# Steps over which it is averaged how much longer than foretold they take.
-SLOWER_STEPS = 32
 # Steps that make a throughput, and steps that it remembers.
 WARM_STEPS, MEMORY_STEPS = 4, 64
 
@@ -91,7 +91,21 @@ class Plan:
     explores: bool
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Promise:
+    """What steps of a shape are foretold: tokens, in plain steps of the same seconds, and tokens that the head is fed.
+
+    worth: `gain` while what is pending is paid back, and as much of it as promises proved worth
+    """
+
+    draft: Draft
+    worth: float
+    gain: float
+    fed: float
+
+
 PLAIN = Draft(0, 0)
+_NOTHING = _Promise(PLAIN, MARGIN, 1.0, 0.0)
 # Of equals the first is taken, so cheap ones stand first. Width 2 and 4 begin at depth 1, where they cost no pass.
 SHAPES = (PLAIN, *(Draft(depth + 1, width) for width, depths in ((1, 6), (2, 5), (4, 6)) for depth in range(depths)))
 
@@ -106,10 +120,12 @@ class Schedule:
         self._costs, self._shapes = costs, tuple(shapes)
         self._largest = Draft(max(s.depth for s in shapes), max(s.width for s in shapes))
         self._seen = Hindsight([s.width for s in shapes if s != PLAIN])
-        self._decided: dict[tuple[object, ...], tuple[Draft, int]] = {}
+        self._outcomes = Outcomes()
+        self._promised = _NOTHING
+        self._drafted = 0
+        self._decided: dict[tuple[object, ...], tuple[_Promise, int]] = {}
         self._calls = self._num_recorded = 0
         self._allowance_s, self._since, self._arriving = 0.0, EXPLORE_STEPS, 0.0
-        self._slowness: dict[tuple[Draft, int], float] = {}
 
     def next(self, ahead: Ahead) -> Plan:
         """What this step drafts, and whether it explores: if so, `record` wants what it drafts.
@@ -118,10 +134,15 @@ class Schedule:
         longer than the step that was chosen by at most `EXPLORE_SHARE` of all time since the last one. Its excess is
         predicted from the costs and includes the head's catch-up when drafting is off, so with much pending it waits.
         """
-        self._arriving += (ahead.arrived - self._arriving) / ARRIVAL_STEPS
-        chosen = self.choose(ahead)
+        self._arriving += (ahead.arrived / ahead.rows - self._arriving) / ARRIVAL_STEPS
+        self._promised = promise = self._choose(ahead)
+        chosen = promise.draft
         largest = self._largest_within(max(ahead.caps))
         self._since += 1
+        # A plain step among drafting ones loses what those gain.
+        if self._drafted >= max(PLAIN_EVERY, (1 - 1 / promise.worth) / PLAIN_SHARE):
+            chosen = PLAIN
+        self._drafted = 0 if chosen == PLAIN else self._drafted + 1
         usual = Plan(chosen, range(ahead.rows), explores=False)
         if largest == PLAIN:
             return usual
@@ -147,15 +168,19 @@ class Schedule:
         """A step took `seconds`; exploring lives on a share of them."""
         self._allowance_s += EXPLORE_SHARE * seconds
 
-    def timed(self, rows: int, draft: Draft, seconds: float, foretold: float) -> None:
-        """A step that neither explored nor read prompts took `seconds`, where its costs said `foretold`.
+    def timed(self, draft: Draft, ahead: Ahead, tokens: int, seconds: float) -> None:
+        """A step that neither explored nor read prompts took `seconds` and gave `tokens`; `draft` is its shape.
 
-        Steps do more than their passes, the more the more they draft: how much longer each shape takes than foretold is
-        remembered, and expected of it, for each power of two of rows apart.
+        `ahead` as in `next`.
         """
-        ratio = min(max(seconds / foretold, 1 / MAX_RATIO), MAX_RATIO)
-        slower = self._slower(rows, draft)
-        self._slowness[draft, _bucket(rows)] = slower + (ratio - slower) / SLOWER_STEPS
+        rows, plain_s = ahead.rows, self._plain_s(ahead)
+        if draft == PLAIN:
+            self._outcomes.plain(rows, seconds, plain_s)
+        elif draft == self._promised.draft:
+            # What else was pending is paid once.
+            extend = self._costs.extend
+            debt = extend(sum(ahead.pending), ahead.context) - extend(self._promised.fed, ahead.context)
+            self._outcomes.drafted(rows, draft, self._promised.gain, tokens, seconds - debt, plain_s)
 
     def record(
         self,
@@ -185,37 +210,40 @@ class Schedule:
 
         Plain as well while nothing is recorded. A decision stands for `DECISION_STEPS` calls.
         """
+        return self._choose(ahead).draft
+
+    def _choose(self, ahead: Ahead) -> _Promise:
         if not self._seen.num_rows:
-            return PLAIN
+            return _NOTHING
         pending, max_depth = sum(ahead.pending) // ahead.rows, max(ahead.caps)
         # What a step or two gave is no debt, and then it does not matter how long a row would have to repay it.
         debt = (pending.bit_length(), int(min(_left(ahead), REPAY_STEPS)).bit_length()) if pending > 8 else None
-        key = _bucket(ahead.rows), debt, min(max_depth, self._largest.depth)
+        key = bucket(ahead.rows), debt, min(max_depth, self._largest.depth)
         self._calls += 1
-        draft, until = self._decided.get(key, (PLAIN, 0))
+        promise, until = self._decided.get(key, (_NOTHING, 0))
         if self._calls >= until:
-            shapes = [shape for shape in self._shapes if shape.depth <= max_depth] or [PLAIN]
-            draft = max(shapes, key=lambda shape: self._worth(shape, ahead))
-            self._decided[key] = draft, self._calls + DECISION_STEPS
-        return draft
+            shapes = [shape for shape in self._shapes if 0 < shape.depth <= max_depth]
+            promises = [_NOTHING, *(self._promise(shape, ahead) for shape in shapes)]
+            promise = max(promises, key=lambda promise: promise.worth)
+            self._decided[key] = promise, self._calls + DECISION_STEPS
+        return promise
 
-    def _worth(self, shape: Draft, ahead: Ahead) -> float:
-        """Tokens per second with the best number of verified nodes; a plain step's times `MARGIN`."""
+    def _promise(self, shape: Draft, ahead: Ahead) -> _Promise:
+        """What `shape` promises with the best number of verified nodes."""
         rows, context, extend = ahead.rows, ahead.context, self._costs.extend
-        if shape == PLAIN:
-            seconds = self._costs.step(rows=rows, extend_tokens=0, level_tokens=[], nodes=rows, context=context)
-            return MARGIN * rows / (seconds * self._slower(rows, PLAIN))
         nodes, tokens = self._seen.tokens(shape.depth, shape.width, rows)
-        fed, levels = tokens + self._arriving, shape.level_tokens(rows)
+        fed, levels = tokens + rows * self._arriving, shape.level_tokens(rows)
         step = self._costs.step(rows=rows, extend_tokens=fed, level_tokens=levels, nodes=nodes, context=context)
         debt = np.maximum(extend(sum(ahead.pending), context) - extend(fed, context), 0.0)
         steps = np.clip(_left(ahead) * rows / tokens, 1, REPAY_STEPS)
-        return float((tokens / ((step + debt / steps) * self._slower(rows, shape))).max())
+        best = int((tokens / (step + debt / steps)).argmax())
+        plain_steps = tokens[best] / rows * self._plain_s(ahead) * self._outcomes.slower(rows)
+        worth = plain_steps / (step + debt / steps)[best] * self._outcomes.kept(rows, shape)
+        return _Promise(shape, float(worth), float(plain_steps / step[best]), float(fed[best]))
 
-    def _slower(self, rows: int, draft: Draft) -> float:
-        """How much longer such a step takes than foretold; of a shape not yet seen, as much as a plain one."""
-        plain = self._slowness.get((PLAIN, _bucket(rows)), 1.0)
-        return self._slowness.get((draft, _bucket(rows)), plain)
+    def _plain_s(self, ahead: Ahead) -> float:
+        rows = ahead.rows
+        return self._costs.step(rows=rows, extend_tokens=0, level_tokens=[], nodes=rows, context=ahead.context)
 
     def _drafting_s(self, shape: Draft, rows: Sequence[int], ahead: Ahead) -> float:
         levels = self._costs.level(np.array(shape.level_tokens(len(rows))), ahead.context)
@@ -234,21 +262,16 @@ class Throughput:
 
     def seen(self, rows: int, tokens: int, seconds: float) -> None:
         """A step of `rows` rows gave `tokens` in `seconds`."""
-        steps, all_tokens, all_seconds = self._sums.get(_bucket(rows), (0, 0.0, 0.0))
+        steps, all_tokens, all_seconds = self._sums.get(bucket(rows), (0, 0.0, 0.0))
         fade = 1 - 1 / MEMORY_STEPS
-        self._sums[_bucket(rows)] = steps + 1, fade * all_tokens + tokens, fade * all_seconds + seconds
+        self._sums[bucket(rows)] = steps + 1, fade * all_tokens + tokens, fade * all_seconds + seconds
 
     def value(self, rows: int) -> float | None:
         """Tokens per second at about `rows` running rows, once a few steps have shown it."""
-        steps, tokens, seconds = self._sums.get(_bucket(rows), (0, 0.0, 0.0))
+        steps, tokens, seconds = self._sums.get(bucket(rows), (0, 0.0, 0.0))
         return tokens / seconds if steps >= WARM_STEPS else None
 
 
 def _left(ahead: Ahead) -> float:
     """Tokens that a row may still give, on average; its end may come sooner."""
     return sum(ahead.caps) / ahead.rows + 1
-
-
-def _bucket(rows: int) -> int:
-    """The power of two that holds `rows`: a full batch and one that misses a row are the same."""
-    return (rows - 1).bit_length()

@@ -86,15 +86,14 @@ def compare(rows: int, prompts: list[list[int]], args: argparse.Namespace, folde
     modes = args.modes.split(",")
     # One row says little: it takes several prompts one after the other.
     groups = [prompts[i : i + rows] for i in range(0, max(rows, 8), rows)]
-    learned: list[dict[str, Any]] = []
     for _ in range(2 if "auto" in modes else 0):
         early, steps = engine("auto", rows, args, folder), 0.0
         while steps < args.warm_steps:
             steps += turn(early, groups, args.max_tokens)["steps"] * len(groups)
         early.close()
-        learned = [{"rows": rows, "mode": "auto"} | early.report()]
     running = {mode: engine(mode, rows, args, folder) for mode in modes}
     facts = interleave(lambda mode: turn(running[mode], groups, args.max_tokens), modes, args.turns, rows=rows)
+    learned = [{"rows": rows, "mode": mode} | each.report() for mode, each in running.items() if mode == "auto"]
     for each in running.values():
         each.close()
     return facts + learned

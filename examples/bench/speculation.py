@@ -3,8 +3,9 @@
     python examples/bench/speculation.py --rows 1,16,64 --json examples/bench/results/speculation.json
 
 Every mode decodes the same rows, and modes take turns (`results.interleave`): ratios are what to read. The clock
-starts when the target has read the prompts. That the head reads them, too, is a cost of drafting and counts, at once in
-a fixed mode, and in `auto` when it first drafts. All rows are greedy and run to the same length.
+starts when the target has read the prompts, and stops when the first row ends: until then as many rows run as it says
+(`drained.py` has what follows, where rows end one by one). That the head reads the prompts, too, is a cost of drafting
+and counts, at once in a fixed mode, and in `auto` when it first drafts. All rows are greedy.
 Needs the demo model, the committed head and the committed prompts.
 """
 
@@ -54,11 +55,12 @@ class Machine:
         self._auto: dict[int, AutoTree] = {}
         self.prompts = mixed_prompts(self.tokenizer)
 
-    def engine(self, mode: str, rows: int) -> TorchEngine:
+    def engine(self, mode: str, rows: int, prefill_tokens: int = 1024) -> TorchEngine:
         """A fresh engine that decodes by `mode`."""
         width = self.auto(rows) if mode == "auto" else fixed_shape(mode)
         draft = None if width is None else self.draft
-        return TorchEngine(self.target, draft, decode=self.tokenizer.decode, batch_size=rows, width=width)
+        how = {"batch_size": rows, "prefill_tokens": prefill_tokens}
+        return TorchEngine(self.target, draft, decode=self.tokenizer.decode, width=width, **how)
 
     def auto(self, rows: int) -> AutoTree:
         """What decides for `rows` rows, with what it has learned: a job decodes for hours, a turn for seconds."""
@@ -91,7 +93,7 @@ def mixed_prompts(tokenizer: Any) -> list[list[int]]:
 
 
 def decode(engine: TorchEngine, requests: Sequence[Request]) -> dict[str, float]:
-    """Run `requests` to their end; tokens per second from when all prompts are read, and what speculation did."""
+    """Tokens per second of `requests` side by side, until the first one ends, and what speculation did."""
     for request in requests:
         engine.submit(request)
     done = engine.step()
@@ -99,14 +101,15 @@ def decode(engine: TorchEngine, requests: Sequence[Request]) -> dict[str, float]
         done += engine.step()
     began, before = time.perf_counter(), engine.num_tokens
     clocks = dict(engine.seconds)
-    while engine.unfinished:
+    while not done:
         done += engine.step()
     seconds, tokens = time.perf_counter() - began, engine.num_tokens - before
-    steps = sum(c.acceptance.target_steps for c in done)
+    counts = [row.acceptance for row in (*done, *engine._rows)]  # noqa: SLF001  # they do not end here
+    steps = sum(count.target_steps for count in counts)
     return {
         "tokens_per_s": tokens / seconds,
-        "acceptance_length": sum(len(c.token_ids) - 1 for c in done) / steps,
-        "nodes_per_row": sum(c.acceptance.draft_tokens for c in done) / steps,
+        "acceptance_length": sum(count.accepted_tokens for count in counts) / steps + 1,
+        "nodes_per_row": sum(count.draft_tokens for count in counts) / steps,
         **{f"{name}_share": (engine.seconds[name] - clocks[name]) / seconds for name in clocks},
     }
 
@@ -130,8 +133,8 @@ def main() -> None:
         groups = [requests[i : i + rows] for i in range(0, len(requests), rows)]
 
         def turn(mode: str, rows: int = rows, groups: list[list[Request]] = groups) -> dict[str, float]:
-            engine = machine.engine(mode, rows)
-            runs = [decode(engine, group) for group in groups]
+            # All prompts in one pass, so that no row is ahead of the others.
+            runs = [decode(machine.engine(mode, rows, 1 << 15), group) for group in groups]
             speed = statistics.harmonic_mean([run["tokens_per_s"] for run in runs])
             return {name: statistics.fmean(run[name] for run in runs) for name in runs[0]} | {"tokens_per_s": speed}
 

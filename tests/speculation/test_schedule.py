@@ -21,6 +21,7 @@ from batchgen.speculation.schedule import (
     FIRST_STEPS,
     MARGIN,
     PLAIN,
+    PLAIN_EVERY,
     REPAY_STEPS,
     Ahead,
     Draft,
@@ -182,17 +183,61 @@ def test_prompts_that_keep_arriving_are_paid_for_whole():
         assert (schedule.choose(ahead(8, 40_000, 1000)) != PLAIN) == drafts
 
 
-def test_steps_that_take_longer_than_foretold_are_expected_to():
-    """Drafts that would give half as much again, in steps that take twice as long as their passes."""
-    schedule = Schedule(CHEAP, [PLAIN, Draft(1, 1)])
-    path, parent = np.full((8, 1), 0.5), np.full((8, 1), -1)
-    schedule.record(lambda: path, np.log(path), parent, np.ones((8, 1), int), 1)
-    assert schedule.choose(ahead(8, 8, 100)) == Draft(1, 1)
-    for draft, expected in ((Draft(1, 1), PLAIN), (PLAIN, Draft(1, 1))):
-        for _ in range(200):
-            schedule.timed(8, draft, 2.0, 1.0)
-        schedule._decided.clear()
-        assert schedule.choose(ahead(8, 8, 100)) == expected
+CHAINS = (PLAIN, Draft(1, 1), Draft(2, 1))
+
+
+def promising(rows=8):
+    """A schedule that is promised 1.5 and 1.7 times as many tokens a second by chains of one and two."""
+    schedule = Schedule(CHEAP, CHAINS)
+    path, depth = np.tile([0.5, 0.25], (rows, 1)), np.tile([1, 2], (rows, 1))
+    for _ in range(FIRST_ROWS):
+        schedule.record(lambda: path, np.log(path), np.tile([-1, 0], (rows, 1)), depth, 1)
+    return schedule
+
+
+def live(schedule, gains, steps, rows=8):
+    """How often each shape was used where its steps really give so many times as many tokens, and the gain of all."""
+    plain_s, tokens, seconds = 0.01, 0.0, 0.0
+    used = dict.fromkeys(CHAINS, 0)
+    for _ in range(steps):
+        due = ahead(rows, rows, 500, 1000)
+        draft = schedule.next(due).draft
+        gave = rows * (1 + draft.depth)
+        took = plain_s * gave / rows / ({PLAIN: 1.0} | gains)[draft]
+        schedule.timed(draft, due, gave, took)
+        used[draft] += 1
+        tokens, seconds = tokens + gave, seconds + took
+    return used, tokens / seconds / (rows / plain_s)
+
+
+@settings(max_examples=10)
+@given(st.sampled_from([1, 8, 64]), st.lists(st.floats(0.4, 1.0), min_size=2, max_size=2))
+def test_promises_that_are_not_kept_cost_little(rows, kept):
+    """A job is hardly slower than plain decoding, however wrong the forecasts.
+
+    A shape that would keep its word, 1.5, is not tried while another, doubted, does better than its word is taken for:
+    1.5 times the square root of k, where that one gives 1.7 k, and so at least 1.32.
+    """
+    schedule = promising(rows)
+    gains = {Draft(1, 1): 1.5 * kept[0], Draft(2, 1): 1.7 * kept[1]}
+    live(schedule, gains, 300, rows)
+    _, gain = live(schedule, gains, 1000, rows)
+    assert gain > 0.96
+    assert gain > 1.32 / 1.5 * 0.96 * max(gains.values())
+
+
+def test_a_shape_that_was_given_up_comes_back_when_it_pays():
+    schedule = promising()
+    used, _ = live(schedule, {Draft(1, 1): 0.8, Draft(2, 1): 0.9}, 1000)
+    assert used[PLAIN] > 900
+    _, gain = live(schedule, {Draft(1, 1): 0.8, Draft(2, 1): 1.5}, 1000)
+    assert gain > 1.3
+
+
+def test_plain_steps_stand_among_drafting_ones_the_more_the_less_these_gain():
+    few, _ = live(promising(), {Draft(1, 1): 1.0, Draft(2, 1): 3.0}, 1000)
+    many, _ = live(promising(), {Draft(1, 1): 1.0, Draft(2, 1): 1.15}, 1000)
+    assert 0 < 2 * few[PLAIN] < many[PLAIN] < 1000 / PLAIN_EVERY
 
 
 def test_what_promises_little_more_than_plain_steps_is_left():
@@ -262,7 +307,7 @@ def test_exploring_costs_its_share_and_finds_when_drafting_pays_again():
     bright = [shape for shape, explored in world.steps(1200, kept=0.98) if not explored]
     resumed = next(i for i, shape in enumerate(bright) if shape != PLAIN)
     assert 0 < resumed < 600
-    assert PLAIN not in bright[resumed:]
+    assert bright[resumed:].count(PLAIN) <= (len(bright) - resumed) / 50  # to compare with
     assert world.extra_s - before <= EXPLORE_SHARE * world.seconds
 
 

@@ -86,6 +86,7 @@ def test_what_pays_is_reported(vllm, demo):
     assert report["lengths"][0][0] == 1
     assert all(0 <= length <= 5 for _, _, length in report["lengths"])
     assert 0 < report["acceptance"][0] < 1
+    assert report["head"]
 
 
 def test_a_prompt_that_does_not_fit_is_an_error_and_the_next_one_runs(vllm, demo):

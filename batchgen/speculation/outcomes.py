@@ -1,0 +1,87 @@
+"""What drafting gave beside what it had promised: whatever forecasts leave out is learned here, and expected next time.
+
+A forecast multiplies a sample of recent drafts by a table of costs, and the best of many forecasts is mostly the most
+mistaken one. So every step that drafts is held against the promise that it was chosen for, both as multiples of what a
+plain step gives in the same seconds. Later promises are worth the quotient of the two sums. Each shape has sums of its
+own; one that was hardly used stands half-way between its word and what all shapes together proved worth. What is old
+fades, with plain steps too: a shape that was given up is tried again now and then, and comes back if it does better.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from batchgen.speculation.costs import MAX_RATIO
+
+if TYPE_CHECKING:
+    from batchgen.speculation.schedule import Draft
+
+# Steps that stand for promises kept before anything was seen; of few rows more, since one row gives a token or five.
+TRUSTED_STEPS, TRUSTED_ROWS = 8, 64
+# How many times as many steps are remembered. What trying again may cost is in the inverse of it.
+MEMORY = 32
+# How much longer than foretold a plain step takes is averaged over so many, and over so many foretold ones at first.
+PLAIN_STEPS, FIRST_STEPS = 32, 4
+
+
+class Outcomes:
+    """Promises of drafting and what became of them, for each power of two of rows apart."""
+
+    def __init__(self) -> None:
+        # Of each shape and, under None, of all: what was given and what had been promised, in plain steps.
+        self._sums: dict[int, dict[Draft | None, tuple[float, float]]] = {}
+        self._slower: dict[int, tuple[int, float]] = {}
+
+    def plain(self, rows: int, seconds: float, foretold: float) -> None:
+        """A plain step of `rows` rows took `seconds`, where its costs said `foretold`."""
+        steps, slower = self._slower.get(bucket(rows), (FIRST_STEPS, 1.0))
+        steps = min(steps + 1, PLAIN_STEPS)
+        self._slower[bucket(rows)] = steps, slower + (_bounded(seconds / foretold) - slower) / steps
+        self._fade(rows)
+
+    def drafted(self, rows: int, draft: Draft, promised: float, tokens: int, seconds: float, plain_s: float) -> None:
+        """A step of `rows` rows gave `tokens` in `seconds`, that promised `promised` times as many as plain ones.
+
+        `plain_s` is what the costs say of a plain step.
+        """
+        self._fade(rows)
+        sums = self._sums.setdefault(bucket(rows), {})
+        plain_steps = _bounded(seconds / (plain_s * self.slower(rows)) / promised) * promised
+        for key in (draft, None):
+            gave, hoped = sums.get(key, (0.0, 0.0))
+            sums[key] = gave + tokens / rows, hoped + promised * plain_steps
+
+    def slower(self, rows: int) -> float:
+        """How many times as long as foretold a plain step takes."""
+        return self._slower.get(bucket(rows), (FIRST_STEPS, 1.0))[1]
+
+    def kept(self, rows: int, draft: Draft) -> float:
+        """What is to be expected of `draft`, as a share of what is promised."""
+        sums = self._sums.get(bucket(rows), {})
+        shared = _quotient(sums.get(None), _trusted(rows), 1.0)
+        return _quotient(sums.get(draft), _trusted(rows), shared**0.5)
+
+    def _fade(self, rows: int) -> None:
+        sums = self._sums.get(bucket(rows), {})
+        fade = 1 - 1 / (MEMORY * _trusted(rows))
+        for key, (gave, hoped) in sums.items():
+            sums[key] = fade * gave, fade * hoped
+
+
+def bucket(rows: int) -> int:
+    """The power of two that holds `rows`: a full batch and one that misses a row are the same."""
+    return (rows - 1).bit_length()
+
+
+def _trusted(rows: int) -> float:
+    return max(TRUSTED_STEPS, TRUSTED_ROWS / rows)
+
+
+def _quotient(sums: tuple[float, float] | None, steps: float, otherwise: float) -> float:
+    """Of what was given by what was hoped for, as if `steps` before had given `otherwise`."""
+    gave, hoped = sums or (0.0, 0.0)
+    return (steps * otherwise + gave) / (steps + hoped)
+
+
+def _bounded(ratio: float) -> float:
+    return min(max(ratio, 1 / MAX_RATIO), MAX_RATIO)
