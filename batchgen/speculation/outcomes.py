@@ -3,8 +3,9 @@
 A forecast multiplies a sample of recent drafts by a table of costs, and the best of many forecasts is mostly the most
 mistaken one. So every step that drafts is held against the promise that it was chosen for, both as multiples of what a
 plain step gives in the same seconds. Later promises are worth the quotient of the two sums. Each shape has sums of its
-own; one that was hardly used stands half-way between its word and what all shapes together proved worth. What is old
-fades, with plain steps too: a shape that was given up is tried again now and then, and comes back if it does better.
+own; one that was hardly used stands half-way between its word and what all shapes together proved worth, or at the
+latter if they gave more than they had promised. What is old fades, with plain steps too: a shape that was given up is
+tried again now and then, and comes back if it does better.
 """
 
 from __future__ import annotations
@@ -46,10 +47,10 @@ class Outcomes:
         """
         self._fade(rows)
         sums = self._sums.setdefault(bucket(rows), {})
-        plain_steps = _bounded(seconds / (plain_s * self.slower(rows)) / promised) * promised
+        gave, hoped = tokens / rows, promised * seconds / (plain_s * self.slower(rows))
         for key in (draft, None):
-            gave, hoped = sums.get(key, (0.0, 0.0))
-            sums[key] = gave + tokens / rows, hoped + promised * plain_steps
+            before = sums.get(key, (0.0, 0.0))
+            sums[key] = before[0] + gave, before[1] + gave * _bounded(hoped / gave)
 
     def slower(self, rows: int) -> float:
         """How many times as long as foretold a plain step takes."""
@@ -59,7 +60,7 @@ class Outcomes:
         """What is to be expected of `draft`, as a share of what is promised."""
         sums = self._sums.get(bucket(rows), {})
         shared = _quotient(sums.get(None), _trusted(rows), 1.0)
-        return _quotient(sums.get(draft), _trusted(rows), shared**0.5)
+        return _quotient(sums.get(draft), _trusted(rows), max(shared, shared**0.5))
 
     def _fade(self, rows: int) -> None:
         sums = self._sums.get(bucket(rows), {})

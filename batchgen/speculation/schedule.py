@@ -37,12 +37,14 @@ ARRIVAL_STEPS = 128
 MARGIN = 1.03
 # What the plain steps may cost that are taken beside drafting ones, and the least number of steps between two.
 PLAIN_SHARE, PLAIN_EVERY = 0.005, 8
-EXPLORE_SHARE = 0.01
+EXPLORE_SHARE = 0.005
 # Steps between two explorations, and between two looks at the same question where nothing was explored.
 EXPLORE_STEPS, DECISION_STEPS = 32, 16
 # Before exploring has to be paid for: the first row of a small batch may be nothing like the next, and the first step
 # of a large one is judged by a calibration that has seen nothing.
 FIRST_ROWS, FIRST_STEPS = 16, 4
+# Steps between those of few rows, whose first tokens are unlike what follows.
+FIRST_PAUSE = 4
 # Rows that explore where the others go on plainly: those with the least to catch up on.
 EXPLORE_ROWS = 16
 # Steps that make a throughput, and steps that it remembers.
@@ -93,19 +95,22 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Promise:
-    """What steps of a shape are foretold: tokens, in plain steps of the same seconds, and tokens that the head is fed.
+    """What is foretold of steps of a shape.
 
     worth: `gain` while what is pending is paid back, and as much of it as promises proved worth
+    gain: tokens, as a multiple of what plain steps give in the same seconds
+    fed: tokens that the head catches up on
     """
 
     draft: Draft
     worth: float
-    gain: float
-    fed: float
+    gain: float = 1.0
+    seconds: float = 0.0
+    fed: float = 0.0
 
 
 PLAIN = Draft(0, 0)
-_NOTHING = _Promise(PLAIN, MARGIN, 1.0, 0.0)
+_NOTHING = _Promise(PLAIN, MARGIN)
 # Of equals the first is taken, so cheap ones stand first. Width 2 and 4 begin at depth 1, where they cost no pass.
 SHAPES = (PLAIN, *(Draft(depth + 1, width) for width, depths in ((1, 6), (2, 5), (4, 6)) for depth in range(depths)))
 
@@ -130,9 +135,10 @@ class Schedule:
     def next(self, ahead: Ahead) -> Plan:
         """What this step drafts, and whether it explores: if so, `record` wants what it drafts.
 
-        The first `FIRST_STEPS` explore, and more until `FIRST_ROWS` rows are on record. From then on one may take
-        longer than the step that was chosen by at most `EXPLORE_SHARE` of all time since the last one. Its excess is
-        predicted from the costs and includes the head's catch-up when drafting is off, so with much pending it waits.
+        The first `FIRST_STEPS` explore, and every `FIRST_PAUSE`th one until `FIRST_ROWS` rows are on record. From then
+        on one may lose at most `EXPLORE_SHARE` of all time since the last one. Where the step that was chosen drafts,
+        too, that is by what both promise; beside plain steps it is what drafting takes, the head's catch-up included,
+        so with much pending it waits.
         """
         self._arriving += (ahead.arrived / ahead.rows - self._arriving) / ARRIVAL_STEPS
         self._promised = promise = self._choose(ahead)
@@ -146,18 +152,21 @@ class Schedule:
         usual = Plan(chosen, range(ahead.rows), explores=False)
         if largest == PLAIN:
             return usual
-        warm = self._num_recorded >= FIRST_STEPS and self._seen.num_rows >= FIRST_ROWS
+        known = self._num_recorded >= FIRST_STEPS
+        warm = known and self._seen.num_rows >= FIRST_ROWS
         near_end = max(ahead.caps) < self._seen.depth  # all rows are: nothing to learn for those that follow
-        if warm and (near_end or self._since < EXPLORE_STEPS):
+        if (warm and near_end) or (known and self._since < (EXPLORE_STEPS if warm else FIRST_PAUSE)):
             return usual
         rows: Sequence[int] = range(ahead.rows)
         if chosen == PLAIN:
             of_use = (row for row in rows if ahead.caps[row] >= largest.depth)
             rows = sorted(sorted(of_use, key=lambda row: ahead.pending[row])[:EXPLORE_ROWS])
         if warm:
-            excess = self._drafting_s(largest, rows, ahead)
-            if chosen != PLAIN:
-                excess -= self._drafting_s(chosen, rows, ahead)
+            if chosen == PLAIN:
+                excess = self._drafting_s(largest, rows, ahead)
+            else:
+                wide = self._promise(largest, ahead)
+                excess = wide.seconds * (1 - wide.gain / promise.gain)
             if excess > self._allowance_s:
                 return usual
         # Nothing is carried over: savings of an hour must not buy a minute of exploring.
@@ -239,7 +248,7 @@ class Schedule:
         best = int((tokens / (step + debt / steps)).argmax())
         plain_steps = tokens[best] / rows * self._plain_s(ahead) * self._outcomes.slower(rows)
         worth = plain_steps / (step + debt / steps)[best] * self._outcomes.kept(rows, shape)
-        return _Promise(shape, float(worth), float(plain_steps / step[best]), float(fed[best]))
+        return _Promise(shape, float(worth), float(plain_steps / step[best]), float(step[best]), float(fed[best]))
 
     def _plain_s(self, ahead: Ahead) -> float:
         rows = ahead.rows

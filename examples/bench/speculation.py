@@ -55,12 +55,11 @@ class Machine:
         self._auto: dict[int, AutoTree] = {}
         self.prompts = mixed_prompts(self.tokenizer)
 
-    def engine(self, mode: str, rows: int, prefill_tokens: int = 1024) -> TorchEngine:
+    def engine(self, mode: str, rows: int) -> TorchEngine:
         """A fresh engine that decodes by `mode`."""
         width = self.auto(rows) if mode == "auto" else fixed_shape(mode)
         draft = None if width is None else self.draft
-        how = {"batch_size": rows, "prefill_tokens": prefill_tokens}
-        return TorchEngine(self.target, draft, decode=self.tokenizer.decode, width=width, **how)
+        return TorchEngine(self.target, draft, decode=self.tokenizer.decode, batch_size=rows, width=width)
 
     def auto(self, rows: int) -> AutoTree:
         """What decides for `rows` rows, with what it has learned: a job decodes for hours, a turn for seconds."""
@@ -96,9 +95,11 @@ def decode(engine: TorchEngine, requests: Sequence[Request]) -> dict[str, float]
     """Tokens per second of `requests` side by side, until the first one ends, and what speculation did."""
     for request in requests:
         engine.submit(request)
+    # All prompts in one pass, so that no row is ahead of the others; the head reads them as in any job.
+    chunk, engine._prefill_tokens = engine._prefill_tokens, sum(len(r.prompt_token_ids) for r in requests)  # noqa: SLF001
     done = engine.step()
-    while engine.reading:
-        done += engine.step()
+    engine._prefill_tokens = chunk  # noqa: SLF001
+    assert not engine.reading, "not all rows fit into memory"
     began, before = time.perf_counter(), engine.num_tokens
     clocks = dict(engine.seconds)
     while not done:
@@ -133,8 +134,7 @@ def main() -> None:
         groups = [requests[i : i + rows] for i in range(0, len(requests), rows)]
 
         def turn(mode: str, rows: int = rows, groups: list[list[Request]] = groups) -> dict[str, float]:
-            # All prompts in one pass, so that no row is ahead of the others.
-            runs = [decode(machine.engine(mode, rows, 1 << 15), group) for group in groups]
+            runs = [decode(machine.engine(mode, rows), group) for group in groups]
             speed = statistics.harmonic_mean([run["tokens_per_s"] for run in runs])
             return {name: statistics.fmean(run[name] for run in runs) for name in runs[0]} | {"tokens_per_s": speed}
 

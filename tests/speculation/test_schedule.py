@@ -17,6 +17,7 @@ from batchgen.speculation.schedule import (
     EXPLORE_ROWS,
     EXPLORE_SHARE,
     EXPLORE_STEPS,
+    FIRST_PAUSE,
     FIRST_ROWS,
     FIRST_STEPS,
     MARGIN,
@@ -268,9 +269,15 @@ class World:
             plan = self.schedule.next(due)
             if plan.explores:
                 self.schedule.record(*pools(step, len(plan.rows), 4, 6, kept), 4)
-                self.extra_s += self._drafting_s(plan.draft, plan.rows) - self._drafting_s(usual, plan.rows)
+                tokens, seconds = self._step(plan, truth)
+                usual_tokens, usual_s = self._step(Plan(usual, range(self.rows), explores=False), truth)
+                self.extra_s += seconds - usual_s * (1.0 if usual == PLAIN else tokens / usual_tokens)
             self.first_s = self.first_s if step >= FIRST_STEPS else self.extra_s
-            seconds = self._step(plan, truth)
+            tokens, seconds = self._step(plan, truth)
+            self.pending = [num + 1 for num in self.pending]
+            if plan.draft != PLAIN:
+                drafted = (tokens - self.rows) / len(plan.rows) + 1
+                self.pending = [round(drafted) if row in plan.rows else num for row, num in enumerate(self.pending)]
             self.seconds += seconds
             self.schedule.spent(seconds)
             yield plan.draft, plan.explores
@@ -287,10 +294,7 @@ class World:
             nodes, tokens = truth.tokens(plan.draft.depth, plan.draft.width, len(drafting))
         seconds = self.costs.verify(nodes + others, 1000) + self.costs.fixed + self._drafting_s(plan.draft, drafting)
         best = np.argmax((tokens + others) / seconds)
-        self.pending = [num + 1 for num in self.pending]
-        for row in drafting:
-            self.pending[row] = round(tokens[best] / len(drafting))
-        return float(seconds[best])
+        return float((tokens + others)[best]), float(seconds[best])
 
 
 def test_exploring_costs_its_share_and_finds_when_drafting_pays_again():
@@ -313,8 +317,9 @@ def test_exploring_costs_its_share_and_finds_when_drafting_pays_again():
 
 def test_the_first_rows_of_a_small_batch_are_all_explored():
     schedule = Schedule(CHEAP)
-    steps = World(schedule, CHEAP, rows=1).steps(30, kept=0.9)
-    assert [explored for _, explored in steps] == [True] * FIRST_ROWS + [False] * (30 - FIRST_ROWS)
+    steps = World(schedule, CHEAP, rows=1).steps(80, kept=0.9)
+    explored = [i for i, (_, explored) in enumerate(steps) if explored]
+    assert explored == [*range(FIRST_STEPS), *range(FIRST_STEPS - 1 + FIRST_PAUSE, 80, FIRST_PAUSE)][:FIRST_ROWS]
 
 
 def test_rows_near_their_end_are_not_explored():

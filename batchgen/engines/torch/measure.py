@@ -12,7 +12,7 @@ from batchgen.engines.torch import forest
 from batchgen.engines.torch.kvcache import free_bytes
 from batchgen.engines.torch.layout import Tile
 from batchgen.speculation.costs import Costs, Table
-from batchgen_kernels.tree_attention import MAX_NODES
+from batchgen_kernels.tree_attention import MAX_NODES, Span
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 _GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 # Context of each row for the grid, and the longer one that tells what context costs.
 _SHORT, _LONG = 64, 512
+# Prompt tokens that the head catches up on. To go on with the slope of the last points of the grid would not do: of two
+# durations that differ by a few milliseconds noise takes a third.
+_CATCH_UP = 512
 # Levels of which one is the mean.
 _LEVELS = 3
 
@@ -48,7 +51,10 @@ def measure(target: Target, draft: Draft, batch_size: int) -> Costs:
         target.verify(ids, layout, pool)[2].argmax(-1).tolist()
 
     def extend(tokens: int, context: int) -> None:
-        layout = _layout(draft.layout, _evenly(tokens, batch_size), context)
+        if tokens > grid[-1]:
+            layout = draft.layout([], [Span(0, tokens, 0, 0)])
+        else:
+            layout = _layout(draft.layout, _evenly(tokens, batch_size), context)
         features = blank.new_zeros(tokens, draft.feature_width)
         out = draft.extend(torch.arange(tokens, device=target.device), features, layout, draft_pool)
         draft.top(out[: min(tokens, batch_size)], 2)[1].tolist()
@@ -59,8 +65,8 @@ def measure(target: Target, draft: Draft, batch_size: int) -> Costs:
         shape = forest.Shape(depth, tokens // rows, MAX_NODES - 1)
         forest.grow(draft, draft_pool, range(rows), state, [context] * rows, shape).on_host()
 
-    def table(run: Callable[[int, int], None]) -> Table:
-        points = _points(grid, batch_size)
+    def table(run: Callable[[int, int], None], more: Sequence[int] = ()) -> Table:
+        points = _points([*grid, *more], batch_size)
         return _table(points, _seconds(run, points), batch_size)
 
     def levels() -> Table:
@@ -71,7 +77,8 @@ def measure(target: Target, draft: Draft, batch_size: int) -> Costs:
         pairs = zip(seconds[::2], seconds[1::2], strict=True)
         return _table(points, [(deep - shallow) / _LEVELS for shallow, deep in pairs], batch_size)
 
-    costs = Costs(verify=table(verify), level=levels(), extend=table(extend), fixed=0.0)
+    catch_up = [_CATCH_UP] if grid[-1] < _CATCH_UP else []
+    costs = Costs(verify=table(verify), level=levels(), extend=table(extend, catch_up), fixed=0.0)
     if target.device.type == "cuda":
         del pool, draft_pool
         torch.cuda.empty_cache()  # or the job would take these pools' memory for used
