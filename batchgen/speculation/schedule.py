@@ -39,7 +39,7 @@ MARGIN = 1.03
 PLAIN_SHARE, PLAIN_EVERY = 0.005, 8
 EXPLORE_SHARE = 0.005
 # Steps between two explorations, and between two looks at the same question where nothing was explored.
-EXPLORE_STEPS, DECISION_STEPS = 32, 16
+EXPLORE_STEPS, DECISION_STEPS = 32, 8
 # Before exploring has to be paid for: the first row of a small batch may be nothing like the next, and the first step
 # of a large one is judged by a calibration that has seen nothing.
 FIRST_ROWS, FIRST_STEPS = 16, 4

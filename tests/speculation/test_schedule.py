@@ -212,19 +212,15 @@ def live(schedule, gains, steps, rows=8):
 
 
 @settings(max_examples=10)
-@given(st.sampled_from([1, 8, 64]), st.lists(st.floats(0.4, 1.0), min_size=2, max_size=2))
-def test_promises_that_are_not_kept_cost_little(rows, kept):
-    """A job is hardly slower than plain decoding, however wrong the forecasts.
-
-    A shape that would keep its word, 1.5, is not tried while another, doubted, does better than its word is taken for:
-    1.5 times the square root of k, where that one gives 1.7 k, and so at least 1.32.
-    """
+@given(st.sampled_from([1, 8, 64]), st.floats(0.5, 1.0), st.lists(st.floats(0.85, 1.0), min_size=2, max_size=2))
+def test_promises_that_are_not_kept_cost_little(rows, kept, apart):
+    """A job is hardly slower than plain decoding, and than with the better shape, however wrong the forecasts."""
     schedule = promising(rows)
-    gains = {Draft(1, 1): 1.5 * kept[0], Draft(2, 1): 1.7 * kept[1]}
+    gains = {Draft(1, 1): 1.5 * kept * apart[0], Draft(2, 1): 1.7 * kept * apart[1]}
     live(schedule, gains, 300, rows)
     _, gain = live(schedule, gains, 1000, rows)
     assert gain > 0.96
-    assert gain > 1.32 / 1.5 * 0.96 * max(gains.values())
+    assert gain > 0.9 * max(gains.values())
 
 
 def test_a_shape_that_was_given_up_comes_back_when_it_pays():
