@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from batchgen.speculation.costs import MAX_RATIO
+from batchgen.speculation.costs import MAX_RATIO, power_of_two
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -176,7 +176,7 @@ class ChainLengths:
 
         False before every length that might pay was tried.
         """
-        size = self._sizes.get(_bucket(rows))
+        size = self._sizes.get(power_of_two(rows))
         if size is None or self._untried(size) is not None:
             return False
         values = self._values(size)
@@ -227,7 +227,7 @@ class ChainLengths:
         return lengths
 
     def _size(self, rows: int) -> _Size:
-        bucket = _bucket(rows)
+        bucket = power_of_two(rows)
         if bucket not in self._sizes:
             near = min(self._sizes, key=lambda other: abs(other - bucket), default=None)
             best = self.longest // 2 if near is None else self._sizes[near].best
@@ -267,11 +267,6 @@ class ChainLengths:
         """The neighbour, or 0, that was probed least; of equals the longer one, which tells more."""
         near = {size.best - 1, size.best + 1, 0} & set(range(self.longest + 1)) - {size.best}
         return min(sorted(near, reverse=True), key=lambda length: size.probes.get(length, 0), default=size.best)
-
-
-def _bucket(rows: int) -> int:
-    """The power of two that holds `rows`."""
-    return (rows - 1).bit_length()
 
 
 def _counts(values: Sequence[float], num: int) -> np.ndarray[Any, Any]:

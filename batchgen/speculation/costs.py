@@ -84,7 +84,7 @@ class Table:
         """
         if tokens <= 0:
             return 1.0
-        ratio = min(max(seconds / self(tokens, context), 1 / MAX_RATIO), MAX_RATIO)
+        ratio = bounded(seconds / self(tokens, context))
         share = np.zeros_like(self._seconds)
         if tokens > self._tokens[-1]:
             share[-2:] = 1.0  # both, so that the slope beyond them scales too
@@ -139,6 +139,16 @@ class Costs:
         levels = float(self.level(np.array(level_tokens), context).sum())
         seconds: Any = self.extend(extend_tokens, context) + levels + self.verify(nodes, context) + self.fixed
         return cast("N", seconds)
+
+
+def bounded(ratio: float) -> float:
+    """`ratio` of a duration to what was expected, within `MAX_RATIO`."""
+    return min(max(ratio, 1 / MAX_RATIO), MAX_RATIO)
+
+
+def power_of_two(rows: int) -> int:
+    """The power of two that holds `rows`: a full batch and one that misses a row are the same."""
+    return (rows - 1).bit_length()
 
 
 def load(folder: Path, key: str) -> Cost | None:

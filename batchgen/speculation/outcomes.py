@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from batchgen.speculation.costs import MAX_RATIO
+from batchgen.speculation.costs import bounded, power_of_two
 
 if TYPE_CHECKING:
     from batchgen.speculation.schedule import Draft
@@ -38,9 +38,9 @@ class Outcomes:
 
     def plain(self, rows: int, seconds: float, foretold: float) -> None:
         """A plain step of `rows` rows took `seconds`, where its costs said `foretold`."""
-        steps, slower = self._slower.get(bucket(rows), (FIRST_STEPS, 1.0))
+        steps, slower = self._slower.get(power_of_two(rows), (FIRST_STEPS, 1.0))
         steps = min(steps + 1, PLAIN_STEPS)
-        self._slower[bucket(rows)] = steps, slower + (_bounded(seconds / foretold) - slower) / steps
+        self._slower[power_of_two(rows)] = steps, slower + (bounded(seconds / foretold) - slower) / steps
         self._fade(rows)
 
     def drafted(self, rows: int, draft: Draft, promised: float, tokens: int, seconds: float, plain_s: float) -> None:
@@ -49,32 +49,27 @@ class Outcomes:
         `plain_s` is what the costs say of a plain step.
         """
         self._fade(rows)
-        sums = self._sums.setdefault(bucket(rows), {})
+        sums = self._sums.setdefault(power_of_two(rows), {})
         gave, hoped = tokens / rows, promised * seconds / (plain_s * self.slower(rows))
         for key in (draft, None):
             before = sums.get(key, (0.0, 0.0))
-            sums[key] = before[0] + gave, before[1] + gave * _bounded(hoped / gave)
+            sums[key] = before[0] + gave, before[1] + gave * bounded(hoped / gave)
 
     def slower(self, rows: int) -> float:
         """How many times as long as foretold a plain step takes."""
-        return self._slower.get(bucket(rows), (FIRST_STEPS, 1.0))[1]
+        return self._slower.get(power_of_two(rows), (FIRST_STEPS, 1.0))[1]
 
     def kept(self, rows: int, draft: Draft) -> float:
         """What is to be expected of `draft`, as a share of what is promised."""
-        sums = self._sums.get(bucket(rows), {})
+        sums = self._sums.get(power_of_two(rows), {})
         shared = _quotient(sums.get(None), _trusted(rows), 1.0)
         return _quotient(sums.get(draft), _trusted(rows), max(shared, shared**TAKEN_FOR))
 
     def _fade(self, rows: int) -> None:
-        sums = self._sums.get(bucket(rows), {})
+        sums = self._sums.get(power_of_two(rows), {})
         fade = 1 - 1 / (MEMORY * _trusted(rows))
         for key, (gave, hoped) in sums.items():
             sums[key] = fade * gave, fade * hoped
-
-
-def bucket(rows: int) -> int:
-    """The power of two that holds `rows`: a full batch and one that misses a row are the same."""
-    return (rows - 1).bit_length()
 
 
 def _trusted(rows: int) -> float:
@@ -85,7 +80,3 @@ def _quotient(sums: tuple[float, float] | None, steps: float, otherwise: float) 
     """Of what was given by what was hoped for, as if `steps` before had given `otherwise`."""
     gave, hoped = sums or (0.0, 0.0)
     return (steps * otherwise + gave) / (steps + hoped)
-
-
-def _bounded(ratio: float) -> float:
-    return min(max(ratio, 1 / MAX_RATIO), MAX_RATIO)

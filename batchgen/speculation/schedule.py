@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from batchgen.speculation.costs import power_of_two
 from batchgen.speculation.hindsight import Hindsight
-from batchgen.speculation.outcomes import Outcomes, bucket
+from batchgen.speculation.outcomes import Outcomes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,8 +39,8 @@ MARGIN = 1.03
 # What the plain steps may cost that are taken beside drafting ones, and the least number of steps between two.
 PLAIN_SHARE, PLAIN_EVERY = 0.005, 8
 EXPLORE_SHARE = 0.005
-# Steps between two explorations, and between two looks at the same question where nothing was explored.
-EXPLORE_STEPS, DECISION_STEPS = 32, 8
+# Steps between two explorations, and for which forecasts stand where nothing was explored.
+EXPLORE_STEPS, FORECAST_STEPS = 32, 64
 # Before exploring has to be paid for: the first row of a small batch may be nothing like the next, and the first step
 # of a large one is judged by a calibration that has seen nothing.
 FIRST_ROWS, FIRST_STEPS = 16, 4
@@ -94,12 +95,13 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Promise:
+class Promise:
     """What is foretold of steps of a shape.
 
-    worth: `gain` while what is pending is paid back, and as much of it as promises proved worth
-    gain: tokens, as a multiple of what plain steps give in the same seconds
-    fed: tokens that the head catches up on
+    worth: tokens, as a multiple of what plain steps give in the same seconds, while what is pending is paid back
+    gain: the same of steps with nothing else pending
+    seconds: of one of these
+    fed: tokens that the head catches up on in it
     """
 
     draft: Draft
@@ -110,7 +112,7 @@ class _Promise:
 
 
 PLAIN = Draft(0, 0)
-_NOTHING = _Promise(PLAIN, MARGIN)
+_NOTHING = Promise(PLAIN, MARGIN)
 # Of equals the first is taken, so cheap ones stand first. Width 2 and 4 begin at depth 1, where they cost no pass.
 SHAPES = (PLAIN, *(Draft(depth + 1, width) for width, depths in ((1, 6), (2, 5), (4, 6)) for depth in range(depths)))
 
@@ -126,9 +128,9 @@ class Schedule:
         self._largest = Draft(max(s.depth for s in shapes), max(s.width for s in shapes))
         self._seen = Hindsight([s.width for s in shapes if s != PLAIN])
         self._outcomes = Outcomes()
-        self._promised = _NOTHING
-        self._drafted = 0
-        self._decided: dict[tuple[object, ...], tuple[_Promise, int]] = {}
+        # What the last step started from, what it was promised, and drafting steps since a plain one.
+        self._ahead, self._promised, self._drafted = Ahead(0, [], [], 0), _NOTHING, 0
+        self._forecasts: dict[tuple[object, ...], tuple[list[Promise], int]] = {}
         self._calls = self._num_recorded = 0
         self._allowance_s, self._since, self._arriving = 0.0, EXPLORE_STEPS, 0.0
 
@@ -141,55 +143,57 @@ class Schedule:
         so with much pending it waits.
         """
         self._arriving += (ahead.arrived / ahead.rows - self._arriving) / ARRIVAL_STEPS
-        self._promised = promise = self._choose(ahead)
-        chosen = promise.draft
-        largest = self._largest_within(max(ahead.caps))
+        self._ahead, self._promised = ahead, self.choose(ahead)
         self._since += 1
+        exploration = self._exploration(ahead, self._promised)
+        if exploration is not None:
+            # Nothing is carried over: savings of an hour must not buy a minute of exploring.
+            self._allowance_s, self._since = 0.0, 0
+            return exploration
+        chosen = self._promised.draft
         # A plain step among drafting ones loses what those gain.
-        if self._drafted >= max(PLAIN_EVERY, (1 - 1 / promise.worth) / PLAIN_SHARE):
+        if self._drafted >= max(PLAIN_EVERY, (1 - 1 / self._promised.worth) / PLAIN_SHARE):
             chosen = PLAIN
         self._drafted = 0 if chosen == PLAIN else self._drafted + 1
-        usual = Plan(chosen, range(ahead.rows), explores=False)
+        return Plan(chosen, range(ahead.rows), explores=False)
+
+    def _exploration(self, ahead: Ahead, promise: Promise) -> Plan | None:
+        """A step that explores in place of the one promised, if it is due and can be afforded."""
+        largest = self._largest_within(max(ahead.caps))
         if largest == PLAIN:
-            return usual
+            return None
         known = self._num_recorded >= FIRST_STEPS
         warm = known and self._seen.num_rows >= FIRST_ROWS
         near_end = max(ahead.caps) < self._seen.depth  # all rows are: nothing to learn for those that follow
         if (warm and near_end) or (known and self._since < (EXPLORE_STEPS if warm else FIRST_PAUSE)):
-            return usual
+            return None
         rows: Sequence[int] = range(ahead.rows)
-        if chosen == PLAIN:
+        if promise.draft == PLAIN:
             of_use = (row for row in rows if ahead.caps[row] >= largest.depth)
             rows = sorted(sorted(of_use, key=lambda row: ahead.pending[row])[:EXPLORE_ROWS])
         if warm:
-            if chosen == PLAIN:
-                excess = self._drafting_s(largest, rows, ahead)
+            if promise.draft == PLAIN:
+                loss_s = self._drafting_s(largest, rows, ahead)
             else:
                 wide = self._promise(largest, ahead)
-                excess = wide.seconds * (1 - wide.gain / promise.gain)
-            if excess > self._allowance_s:
-                return usual
-        # Nothing is carried over: savings of an hour must not buy a minute of exploring.
-        self._allowance_s, self._since = 0.0, 0
+                loss_s = wide.seconds * (1 - wide.gain / promise.gain)
+            if loss_s > self._allowance_s:
+                return None
         return Plan(largest, rows, explores=True)
 
     def spent(self, seconds: float) -> None:
         """A step took `seconds`; exploring lives on a share of them."""
         self._allowance_s += EXPLORE_SHARE * seconds
 
-    def timed(self, draft: Draft, ahead: Ahead, tokens: int, seconds: float) -> None:
-        """A step that neither explored nor read prompts took `seconds` and gave `tokens`; `draft` is its shape.
-
-        `ahead` as in `next`.
-        """
-        rows, plain_s = ahead.rows, self._plain_s(ahead)
+    def timed(self, draft: Draft, tokens: int, seconds: float) -> None:
+        """The step that was planned last, if it neither explored nor read prompts: what it drafted, gave and took."""
+        ahead, promise, extend = self._ahead, self._promised, self._costs.extend
+        plain_s = self._plain_s(ahead)
         if draft == PLAIN:
-            self._outcomes.plain(rows, seconds, plain_s)
-        elif draft == self._promised.draft:
-            # What else was pending is paid once.
-            extend = self._costs.extend
-            debt = extend(sum(ahead.pending), ahead.context) - extend(self._promised.fed, ahead.context)
-            self._outcomes.drafted(rows, draft, self._promised.gain, tokens, seconds - debt, plain_s)
+            self._outcomes.plain(ahead.rows, seconds, plain_s)
+            return
+        debt = extend(sum(ahead.pending), ahead.context) - extend(promise.fed, ahead.context)  # which is paid once
+        self._outcomes.drafted(ahead.rows, draft, promise.gain, tokens, seconds - debt, plain_s)
 
     def record(
         self,
@@ -207,48 +211,52 @@ class Schedule:
         """
         assert width == self._largest.width, "a narrow beam does not tell what a wider one would have found"
         self._seen.record(value, score, parent, depth)
-        self._decided.clear()
+        self._forecasts.clear()
         self._num_recorded += 1
 
     def revalue(self) -> None:
         """The calibration has changed: value what is recorded anew when the next question comes up."""
         self._seen.revalue()
 
-    def choose(self, ahead: Ahead) -> Draft:
-        """The shape to draft: the most tokens per second, plain where none promises `MARGIN` times as many.
+    def choose(self, ahead: Ahead) -> Promise:
+        """What is worth most, as far as promises were kept; plain where nothing is worth `MARGIN` times as much.
 
-        Plain as well while nothing is recorded. A decision stands for `DECISION_STEPS` calls.
+        Plain as well while nothing is recorded.
         """
-        return self._choose(ahead).draft
 
-    def _choose(self, ahead: Ahead) -> _Promise:
+        def worth(promise: Promise) -> float:
+            return promise.worth * self._outcomes.kept(ahead.rows, promise.draft)
+
+        best = max(self._foretold(ahead), key=worth, default=_NOTHING)
+        return dataclasses.replace(best, worth=worth(best)) if worth(best) > MARGIN else _NOTHING
+
+    def _foretold(self, ahead: Ahead) -> list[Promise]:
+        """What every shape that is of use promises; stands for `FORECAST_STEPS` calls."""
         if not self._seen.num_rows:
-            return _NOTHING
+            return []
         pending, max_depth = sum(ahead.pending) // ahead.rows, max(ahead.caps)
         # What a step or two gave is no debt, and then it does not matter how long a row would have to repay it.
         debt = (pending.bit_length(), int(min(_left(ahead), REPAY_STEPS)).bit_length()) if pending > 8 else None
-        key = bucket(ahead.rows), debt, min(max_depth, self._largest.depth)
+        key = power_of_two(ahead.rows), debt, min(max_depth, self._largest.depth)
         self._calls += 1
-        promise, until = self._decided.get(key, (_NOTHING, 0))
+        promises, until = self._forecasts.get(key, ([], 0))
         if self._calls >= until:
-            shapes = [shape for shape in self._shapes if 0 < shape.depth <= max_depth]
-            promises = [_NOTHING, *(self._promise(shape, ahead) for shape in shapes)]
-            promise = max(promises, key=lambda promise: promise.worth)
-            self._decided[key] = promise, self._calls + DECISION_STEPS
-        return promise
+            promises = [self._promise(shape, ahead) for shape in self._shapes if 0 < shape.depth <= max_depth]
+            self._forecasts[key] = promises, self._calls + FORECAST_STEPS
+        return promises
 
-    def _promise(self, shape: Draft, ahead: Ahead) -> _Promise:
+    def _promise(self, shape: Draft, ahead: Ahead) -> Promise:
         """What `shape` promises with the best number of verified nodes."""
         rows, context, extend = ahead.rows, ahead.context, self._costs.extend
         nodes, tokens = self._seen.tokens(shape.depth, shape.width, rows)
         fed, levels = tokens + rows * self._arriving, shape.level_tokens(rows)
         step = self._costs.step(rows=rows, extend_tokens=fed, level_tokens=levels, nodes=nodes, context=context)
         debt = np.maximum(extend(sum(ahead.pending), context) - extend(fed, context), 0.0)
-        steps = np.clip(_left(ahead) * rows / tokens, 1, REPAY_STEPS)
-        best = int((tokens / (step + debt / steps)).argmax())
-        plain_steps = tokens[best] / rows * self._plain_s(ahead) * self._outcomes.slower(rows)
-        worth = plain_steps / (step + debt / steps)[best] * self._outcomes.kept(rows, shape)
-        return _Promise(shape, float(worth), float(plain_steps / step[best]), float(step[best]), float(fed[best]))
+        repaying = step + debt / np.clip(_left(ahead) * rows / tokens, 1, REPAY_STEPS)
+        plain_steps = tokens / rows * self._plain_s(ahead) * self._outcomes.slower(rows)
+        best = int((plain_steps / repaying).argmax())
+        found = (plain_steps / repaying, plain_steps / step, step, fed)
+        return Promise(shape, *(float(each[best]) for each in found))
 
     def _plain_s(self, ahead: Ahead) -> float:
         rows = ahead.rows
@@ -271,13 +279,13 @@ class Throughput:
 
     def seen(self, rows: int, tokens: int, seconds: float) -> None:
         """A step of `rows` rows gave `tokens` in `seconds`."""
-        steps, all_tokens, all_seconds = self._sums.get(bucket(rows), (0, 0.0, 0.0))
+        steps, all_tokens, all_seconds = self._sums.get(power_of_two(rows), (0, 0.0, 0.0))
         fade = 1 - 1 / MEMORY_STEPS
-        self._sums[bucket(rows)] = steps + 1, fade * all_tokens + tokens, fade * all_seconds + seconds
+        self._sums[power_of_two(rows)] = steps + 1, fade * all_tokens + tokens, fade * all_seconds + seconds
 
     def value(self, rows: int) -> float | None:
         """Tokens per second at about `rows` running rows, once a few steps have shown it."""
-        steps, tokens, seconds = self._sums.get(bucket(rows), (0, 0.0, 0.0))
+        steps, tokens, seconds = self._sums.get(power_of_two(rows), (0, 0.0, 0.0))
         return tokens / seconds if steps >= WARM_STEPS else None
 
 

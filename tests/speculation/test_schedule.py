@@ -13,13 +13,13 @@ from batchgen.speculation.costs import Costs, Table
 from batchgen.speculation.hindsight import Hindsight
 from batchgen.speculation.schedule import (
     ARRIVAL_STEPS,
-    DECISION_STEPS,
     EXPLORE_ROWS,
     EXPLORE_SHARE,
     EXPLORE_STEPS,
     FIRST_PAUSE,
     FIRST_ROWS,
     FIRST_STEPS,
+    FORECAST_STEPS,
     MARGIN,
     PLAIN,
     PLAIN_EVERY,
@@ -102,7 +102,7 @@ def exhaustive(shape, rows, per_token, draft, context, pending, left):
 def test_the_choice_is_that_of_exhaustive_evaluation(seed, rows, per_token, max_depth, pending):
     schedule = Schedule(per_token, SMALL)
     schedule.record(*pools(seed, rows, 2, 3), 2)
-    chosen = schedule.choose(ahead(rows, pending, max_depth, 1000))
+    chosen = schedule.choose(ahead(rows, pending, max_depth, 1000)).draft
     allowed = [shape for shape in SMALL if shape.depth <= max_depth]
     assert chosen in allowed
     values = {
@@ -136,19 +136,19 @@ def test_free_drafts_are_large_and_dear_ones_none():
     for per_token, expected in ((CHEAP, 6), (DEAR, 0)):
         schedule = Schedule(per_token)
         schedule.record(*pools(0, 8, 4, 6, kept=0.95), 4)
-        assert schedule.choose(ahead(8, 8, 100)).depth == expected
+        assert schedule.choose(ahead(8, 8, 100)).draft.depth == expected
 
 
 def test_decisions_are_kept_until_something_changes():
     schedule = Schedule(CHEAP)
     schedule.record(*pools(0, 8, 4, 6), 4)
-    before = schedule.choose(ahead(8, 8, 100))
+    before = schedule.choose(ahead(8, 8, 100)).draft
     schedule._costs = DEAR
-    assert {schedule.choose(ahead(8, 8, 100)) for _ in range(DECISION_STEPS - 1)} == {before}
-    assert schedule.choose(ahead(8, 8, 100)) == PLAIN
+    assert {schedule.choose(ahead(8, 8, 100)).draft for _ in range(FORECAST_STEPS - 1)} == {before}
+    assert schedule.choose(ahead(8, 8, 100)).draft == PLAIN
     schedule._costs = CHEAP
     schedule.record(*pools(0, 8, 4, 6), 4)
-    assert schedule.choose(ahead(8, 8, 100)) == before
+    assert schedule.choose(ahead(8, 8, 100)).draft == before
 
 
 def test_drafting_resumes_when_it_repays_the_catch_up_in_time():
@@ -161,16 +161,16 @@ def test_drafting_resumes_when_it_repays_the_catch_up_in_time():
     spare_s = (tokens * plain_s / (MARGIN * 8) - step).max()
     repaid = int(REPAY_STEPS * spare_s / 1e-6)
     assert spare_s > 0
-    assert schedule.choose(ahead(8, int(0.8 * repaid), 1000)) != PLAIN
-    assert schedule.choose(ahead(8, 4 * repaid, 1000)) == PLAIN
+    assert schedule.choose(ahead(8, int(0.8 * repaid), 1000)).draft != PLAIN
+    assert schedule.choose(ahead(8, 4 * repaid, 1000)).draft == PLAIN
 
 
 def test_rows_near_their_end_repay_less():
     schedule = Schedule(CHEAP)
     schedule.record(*pools(0, 8, 4, 6), 4)
     owed = 40_000
-    assert schedule.choose(ahead(8, owed, 1000)) != PLAIN
-    assert schedule.choose(ahead(8, owed, 7)) == PLAIN
+    assert schedule.choose(ahead(8, owed, 1000)).draft != PLAIN
+    assert schedule.choose(ahead(8, owed, 7)).draft == PLAIN
 
 
 def test_prompts_that_keep_arriving_are_paid_for_whole():
@@ -178,10 +178,10 @@ def test_prompts_that_keep_arriving_are_paid_for_whole():
     for every, drafts in ((ARRIVAL_STEPS, True), (2, False)):
         schedule = Schedule(CHEAP)
         schedule.record(*pools(0, 8, 4, 6), 4)
-        assert schedule.choose(ahead(8, 40_000, 1000)) != PLAIN
+        assert schedule.choose(ahead(8, 40_000, 1000)).draft != PLAIN
         for step in range(ARRIVAL_STEPS):
             schedule.next(ahead(8, 40_000, 1000, arrived=40_000 * (step % every == 0)))
-        assert (schedule.choose(ahead(8, 40_000, 1000)) != PLAIN) == drafts
+        assert (schedule.choose(ahead(8, 40_000, 1000)).draft != PLAIN) == drafts
 
 
 CHAINS = (PLAIN, Draft(1, 1), Draft(2, 1))
@@ -205,7 +205,7 @@ def live(schedule, gains, steps, rows=8):
         draft = schedule.next(due).draft
         gave = rows * (1 + draft.depth)
         took = plain_s * gave / rows / ({PLAIN: 1.0} | gains)[draft]
-        schedule.timed(draft, due, gave, took)
+        schedule.timed(draft, gave, took)
         used[draft] += 1
         tokens, seconds = tokens + gave, seconds + took
     return used, tokens / seconds / (rows / plain_s)
@@ -244,7 +244,7 @@ def test_what_promises_little_more_than_plain_steps_is_left():
         schedule = Schedule(Costs(flat(0.02 - 8 * per_row, per_row), flat(1.0), flat(0.0), 0.0), [PLAIN, Draft(1, 1)])
         path, parent = np.full((8, 1), 0.5), np.full((8, 1), -1)
         schedule.record(lambda p=path: p, np.log(path), parent, np.ones((8, 1), int), 1)
-        assert schedule.choose(ahead(8, 8, 1, 0)) == expected
+        assert schedule.choose(ahead(8, 8, 1, 0)).draft == expected
 
 
 class World:
@@ -261,7 +261,7 @@ class World:
         truth.record(*pools(0, 64, 4, 6, kept))
         for step in range(num):
             due = Ahead(1000, self.pending, [cap] * self.rows, 0)
-            usual = self.schedule.choose(due)
+            usual = self.schedule.choose(due).draft
             plan = self.schedule.next(due)
             if plan.explores:
                 self.schedule.record(*pools(step, len(plan.rows), 4, 6, kept), 4)

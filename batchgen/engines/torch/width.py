@@ -109,14 +109,13 @@ class AutoTree:
         self._schedule = Schedule(costs)
         self._throughput = Throughput()
         self._exploring = False
-        self._ahead: Ahead | None = None
         self._expected = 0.0
         self._num_steps = self._num_drafting = self._num_nodes = self._num_roots = self._num_tokens = 0
         self._forecast = 0.0
 
     def plan(self, ahead: Ahead) -> tuple[Shape, Sequence[int]] | None:
         """See `Width`."""
-        self._expected, self._ahead = float(ahead.rows), ahead
+        self._expected = float(ahead.rows)
         plan = self._schedule.next(ahead)
         self._exploring = plan.explores
         return None if plan.draft == PLAIN else (Shape(plan.draft.depth, plan.draft.width, MAX_NODES - 1), plan.rows)
@@ -172,9 +171,9 @@ class AutoTree:
         self._schedule.spent(taken)
         if step.mixed:  # its seconds are the prompts' as well
             return
-        if not self._exploring and self._ahead is not None:
+        if not self._exploring:
             draft = PLAIN if drafted is None else Draft(drafted.shape.depth, drafted.shape.width)
-            self._schedule.timed(draft, self._ahead, step.tokens, taken)
+            self._schedule.timed(draft, step.tokens, taken)
         self.costs.refine_verify(step.nodes, step.context, step.verify_s)
 
     def _refine_draft(self, step: Step) -> float:
