@@ -6,7 +6,9 @@ For each number of rows every mode is a vLLM engine of that batch size, of which
 (`results.interleave`). Rows are greedy and run to the same length, twice as many as run at once; the clock starts when
 all that run have their first token, and stops when the first place stays empty: a batch that drains says more of how
 acceptance is spread than of a step. `auto` has decoded `--warm-steps` steps twice before, as the first two jobs on a
-machine do, and was then started anew with what it had learned, as the next one is. Needs vLLM beside batchgen.
+machine do, and was then started anew with what it had learned, as the next one is. Two processes of the very same
+engine differ by some percent for as long as they live, so differences that small need `--starts`: all engines are then
+started anew so many times, in turned order. Needs vLLM beside batchgen.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from results import interleave, write
+from results import interleave, pooled, write
 from speculation import mixed_prompts
 from transformers import AutoTokenizer
 
@@ -91,12 +93,18 @@ def compare(rows: int, prompts: list[list[int]], args: argparse.Namespace, folde
         while steps < args.warm_steps:
             steps += turn(early, groups, args.max_tokens)["steps"] * len(groups)
         early.close()
-    running = {mode: engine(mode, rows, args, folder) for mode in modes}
-    facts = interleave(lambda mode: turn(running[mode], groups, args.max_tokens), modes, args.turns, rows=rows)
-    learned = [{"rows": rows, "mode": mode} | each.report() for mode, each in running.items() if mode == "auto"]
-    for each in running.values():
-        each.close()
-    return facts + learned
+    starts, learned = [], {}
+    for start in range(args.starts):
+        running = {mode: engine(mode, rows, args, folder) for mode in (modes if start % 2 == 0 else reversed(modes))}
+
+        def once(mode: str, running: dict[str, Any] = running) -> dict[str, float]:
+            return turn(running[mode], groups, args.max_tokens)
+
+        starts.append(interleave(once, modes, args.turns, rows=rows))
+        learned = running["auto"].report() if "auto" in modes else {}
+        for each in running.values():
+            each.close()
+    return pooled(starts) + ([{"rows": rows, "mode": "auto"} | learned] if learned else [])
 
 
 def main() -> None:
@@ -106,6 +114,7 @@ def main() -> None:
     options.add_argument("--max-tokens", type=int, default=48)
     options.add_argument("--prompt-tokens", type=int, default=48, help="of each prompt the last so many")
     options.add_argument("--turns", type=int, default=2, help="turns of each mode, of which the median counts")
+    options.add_argument("--starts", type=int, default=1, help="of every engine, each with so many turns")
     options.add_argument("--warm-steps", type=int, default=300)
     options.add_argument("--dtype", default="float32")
     options.add_argument("--device", default="cpu")

@@ -9,6 +9,8 @@ decoding:
     oracle    the best shape of drafts, of which only nodes that will be accepted are verified
     perfect   the best depth of chains of a head that is always right
     needed    the share of right chains of one token at which drafting them for all rows breaks even
+    drained   the job of drained.py, if its prompts are read as in plain decoding and every step of so many rows is as
+              much faster as the oracle's
 
 What `tree: auto` reaches lies below `oracle`; where `perfect` is low it is the machine that has nothing to give away.
 """
@@ -18,10 +20,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
+from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from drained import LENGTHS
 from results import write
 from speculation import Machine
 
@@ -35,6 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from batchgen.engines.torch.width import Step
+    from batchgen.record import Request
     from batchgen.speculation.costs import Costs
 
 WIDEST = Shape(6, 4, 31)
@@ -95,11 +101,30 @@ def limits(costs: Costs, ranks: list[list[int]], rows: int, context: int) -> dic
     }
 
 
+def drained(costs: Costs, oracle: dict[int, float], requests: Sequence[Request], context: int) -> float:
+    """How much faster all `requests` are, of which up to `max(oracle)` run at once, than by plain decoding."""
+    running: list[int] = []
+    waiting = deque(requests)
+    plain = faster = 0.0
+    while waiting or running:
+        read = 0
+        while waiting and len(running) < max(oracle):
+            read += len(waiting[0].prompt_token_ids)
+            running.append(waiting.popleft().sampling.max_tokens)
+        rows = len(running)
+        step = float(costs.verify(rows, rows * context))
+        reading = float(costs.verify(rows + read, rows * context)) - step
+        plain += reading + step
+        faster += reading + step / float(np.interp(math.log2(rows), [math.log2(n) for n in oracle], [*oracle.values()]))
+        running = [left - 1 for left in running if left > 1]
+    return plain / faster
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     options.add_argument("--device", default="cpu")
-    options.add_argument("--rows", default="1,2,4,8,16,32,64", help="numbers of running rows")
+    options.add_argument("--rows", default="1,2,4,8,16,32,64", help="numbers of running rows, rising")
     options.add_argument("--prompts", type=int, default=24, help="rows by which the head is judged")
     options.add_argument("--max-tokens", type=int, default=64)
     options.add_argument("--context", type=int, default=256, help="tokens before each root")
@@ -119,9 +144,14 @@ def main() -> None:
     results: list[dict[str, object]] = [
         {"acceptance_by_depth": by_depth, "acceptance_length_of_chains": [round(1 + k, 3) for k in chain[1:]]}
     ]
+    oracle: dict[int, float] = {}
     for rows in map(int, args.rows.split(",")):
         costs = measure(machine.target, machine.draft, rows)
-        results.append({"rows": rows} | limits(costs, watch.ranks, rows, rows * args.context))
+        found = limits(costs, watch.ranks, rows, rows * args.context)
+        oracle[rows] = float(found["oracle"])
+        results.append({"rows": rows} | found)
+    job = machine.requests(256, LENGTHS)
+    results.append({"rows": len(job), "drained": round(drained(costs, oracle, job, args.context), 3)})
     for fact in results:
         print(json.dumps(fact), flush=True)
     write(args.json, results, args, args.device)

@@ -46,6 +46,19 @@ def interleave(
     return facts
 
 
+def pooled(starts: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Facts of several runs of the same modes as one: medians of their numbers, and of all ratios together."""
+    facts = []
+    for same in zip(*starts, strict=True):
+        fact = {
+            name: statistics.median(each[name] for each in same) for name in same[0] if name not in ("mode", "ratios")
+        }
+        ratios = sorted(ratio for each in same for ratio in each["ratios"])
+        fact["ratio_to_plain"] = round(statistics.median(ratios), 3) if ratios else 1.0
+        facts.append({"mode": same[0]["mode"]} | fact | {"ratios": ratios})
+    return facts
+
+
 def write(file: Path | None, results: list[dict[str, Any]], args: argparse.Namespace, device: str) -> None:
     """Write `results` to `file`, nowhere if it is None; folders of one machine stay out of it."""
     if file is None:

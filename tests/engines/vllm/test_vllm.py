@@ -15,8 +15,10 @@ import psutil
 import pytest
 
 from batchgen import engines, spec
+from batchgen.engines.vllm import VllmEngine
 from batchgen.errors import ModelError, SpecError
 from batchgen.record import Sampling, Stretch
+from batchgen.speculation.chain import LONGEST, ChainLengths
 
 from .conftest import ROOT, run
 
@@ -87,6 +89,30 @@ def test_what_pays_is_reported(vllm, demo):
     assert all(0 <= length <= 5 for _, _, length in report["lengths"])
     assert 0 < report["acceptance"][0] < 1
     assert report["head"]
+
+
+def test_where_drafts_hardly_pay_vllm_runs_without_its_head_and_learns_on(demo, tmp_path):
+    known, lengths = ChainLengths(LONGEST), tmp_path / "lengths.json"
+    for length in range(LONGEST + 1):
+        known.seen(4, length, 1.0 + length)
+    lengths.write_text(known.as_json())
+    engine = VllmEngine(
+        demo.model.path,
+        demo.head.path,
+        decode=demo.decode,
+        end_token_ids=frozenset(),
+        batch_size=4,
+        dtype="float32",
+        device="cpu",
+        options={"max_model_len": 1024},
+        length=None,
+        lengths=lengths,
+    )
+    done = run(engine, demo.prompts(4), GREEDY)
+    engine.close()
+    assert engine.report()["head"] is False
+    assert {c.acceptance.target_steps for c in done.values()} == {23}
+    assert 0 < json.loads(lengths.read_text())["sizes"]["2"]["without"] < 1.0
 
 
 def test_a_prompt_that_does_not_fit_is_an_error_and_the_next_one_runs(vllm, demo):
