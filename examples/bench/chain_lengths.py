@@ -7,8 +7,8 @@ For each number of rows every mode is a vLLM engine of that batch size, of which
 all that run have their first token, and stops when the first place stays empty: a batch that drains says more of how
 acceptance is spread than of a step. `auto` has decoded `--warm-steps` steps twice before, as the first two jobs on a
 machine do, and was then started anew with what it had learned, as the next one is. Two processes of the very same
-engine differ by some percent for as long as they live, so differences that small need `--starts`: all engines are then
-started anew so many times, in turned order. Needs vLLM beside batchgen.
+engine differ by some percent for as long as they live (mode `again` is plain once more), so differences that small need
+`--starts`: all engines are then started anew so many times, in turned order. Needs vLLM beside batchgen.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ EXAMPLES = Path(__file__).parents[1]
 
 
 def engine(mode: str, rows: int, args: argparse.Namespace, folder: str) -> Any:
-    """A vLLM engine of `rows` rows that drafts by `mode`: `plain`, `chain-K` or `auto`."""
-    tree = {"plain": "=off", "auto": "=auto"}.get(mode) or f".depth={mode.removeprefix('chain-')}"
+    """A vLLM engine of `rows` rows that drafts by `mode`: `plain`, `again`, `chain-K` or `auto`."""
+    tree = {"plain": "=off", "again": "=off", "auto": "=auto"}.get(mode) or f".depth={mode.removeprefix('chain-')}"
     asked = [
         "engine.kind=vllm",
         f"engine.device={args.device}",
@@ -48,7 +48,7 @@ def engine(mode: str, rows: int, args: argparse.Namespace, folder: str) -> Any:
     ]
     job = spec.load(str(EXAMPLES.parent / "jobs/quickstart.yaml"), asked)
     target, draft = models.fetch(job.model.target), models.fetch(str(EXAMPLES / "smollm2"))
-    built: Any = engines.build(job, target, None if mode == "plain" else draft, str, Path(folder))
+    built: Any = engines.build(job, target, None if mode in ("plain", "again") else draft, str, Path(folder))
     built._end_token_ids = frozenset()  # noqa: SLF001  # every row runs to its length
     return built
 
