@@ -9,8 +9,8 @@ decoding:
     oracle    the best shape of drafts, of which only nodes that will be accepted are verified
     perfect   the best depth of chains of a head that is always right
     needed    the share of right chains of one token at which drafting them for all rows breaks even
-    drained   the job of drained.py, if its prompts are read as in plain decoding and every step of so many rows is as
-              much faster as the oracle's
+    drained   the job of drained.py, if its prompts are read as in plain decoding, some beside every step, and a step of
+              so many rows is as much faster as the oracle's
 
 What `tree: auto` reaches lies below `oracle`; where `perfect` is low it is the machine that has nothing to give away.
 """
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from batchgen.speculation.costs import Costs
 
 WIDEST = Shape(6, 4, 31)
+# Prompt tokens that the engine reads beside a step.
+BESIDE = 256
 
 
 class Watch(FixedTree):
@@ -103,6 +105,7 @@ def limits(costs: Costs, ranks: list[list[int]], rows: int, context: int) -> dic
 
 def drained(costs: Costs, oracle: dict[int, float], requests: Sequence[Request], context: int) -> float:
     """How much faster all `requests` are, of which up to `max(oracle)` run at once, than by plain decoding."""
+    known = [math.log2(rows) for rows in oracle]
     running: list[int] = []
     waiting = deque(requests)
     plain = faster = 0.0
@@ -110,12 +113,12 @@ def drained(costs: Costs, oracle: dict[int, float], requests: Sequence[Request],
         read = 0
         while waiting and len(running) < max(oracle):
             read += len(waiting[0].prompt_token_ids)
-            running.append(waiting.popleft().sampling.max_tokens)
+            running.append(waiting.popleft().sampling.max_tokens - 1)  # reading a prompt gives a token
         rows = len(running)
-        step = float(costs.verify(rows, rows * context))
-        reading = float(costs.verify(rows + read, rows * context)) - step
+        step, mixed = (float(costs.verify(tokens, rows * context)) for tokens in (rows, rows + BESIDE))
+        reading = read / BESIDE * (mixed - step)
         plain += reading + step
-        faster += reading + step / float(np.interp(math.log2(rows), [math.log2(n) for n in oracle], [*oracle.values()]))
+        faster += reading + step / float(np.interp(math.log2(rows), known, [*oracle.values()]))
         running = [left - 1 for left in running if left > 1]
     return plain / faster
 
