@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -123,12 +121,15 @@ def test_a_prompt_that_does_not_fit_is_an_error_and_the_next_one_runs(vllm, demo
     assert len(done[0, 1, 0].token_ids) == 24
 
 
-def kill(engine) -> None:
-    """SIGKILL to the process that computes."""
-    children = [p for p in psutil.Process().children(recursive=True) if "EngineCore" in p.name() + "".join(p.cmdline())]
-    for process in children or psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            os.kill(process.pid, signal.SIGKILL)
+def kill() -> None:
+    """SIGKILL to vLLM's processes that compute; one that an earlier engine left as a zombie is passed over."""
+    killed = 0
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if process.name().startswith("VLLM::EngineCor") and process.status() != psutil.STATUS_ZOMBIE:
+                process.kill()
+                killed += 1
+    assert killed, "no process of vLLM's to kill"
 
 
 def test_a_killed_engine_loses_no_row(vllm, demo):
@@ -140,7 +141,7 @@ def test_a_killed_engine_loses_no_row(vllm, demo):
         nonlocal steps, killed
         steps += 1
         if steps == 6:
-            kill(vllm)
+            kill()
             killed = True
         return step()
 
@@ -166,7 +167,7 @@ def test_the_row_that_kills_the_engine_is_found(demo):
     def deadly(row):
         add(row)
         if row.request.key == (0, 1, 0):
-            kill(engine)
+            kill()
 
     engine._add = deadly
     try:
