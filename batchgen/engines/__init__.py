@@ -106,9 +106,8 @@ def build(
     if tree == "auto":
         key = (provenance.machine(device(spec)), target.identity, draft.identity, dtype(spec), str(spec.batch_size))
         passes = _costs(costs, "|".join((*key, *provenance.versions().values())), model, head, spec.batch_size)
-        return TorchEngine(
-            model, head, decode=decode, batch_size=spec.batch_size, width=AutoTree(passes, model.graphs.sizes)
-        )
+        width = AutoTree(passes, model.graphs.sizes, stops_early=model.device.type == "cpu")
+        return TorchEngine(model, head, decode=decode, batch_size=spec.batch_size, width=width)
     shape = Shape(tree.depth, tree.width, tree.nodes)
     return TorchEngine(model, head, decode=decode, batch_size=spec.batch_size, width=shape)
 

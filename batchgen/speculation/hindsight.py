@@ -1,8 +1,9 @@
 """What narrower and shallower drafts would have found, worked out from a few wide and deep ones.
 
-A beam of width w drafts the w likeliest children of its w likeliest nodes of each level (`engines/torch/forest.py`),
-and a wider beam drafts nearly all of these among others. So one wide draft prices every smaller shape on the same
-tokens, with none of the noise of comparing different steps.
+A beam of width w drafts the likeliest children of its w likeliest nodes of each level (`engines/torch/forest.py`), and
+a wider beam drafts nearly all of these among others. So one wide draft prices every smaller shape on the same
+tokens, with none of the noise of comparing different steps; and drafts that leave rows off whose likeliest path has
+become less likely than some floor.
 """
 
 from __future__ import annotations
@@ -31,14 +32,39 @@ class _Draft:
     found: dict[int, NDArray[np.bool_]]
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Alike:
+    """Drafts of the same depths, one below the other: values [B, P], depths [P], and what beams of each width had.
+
+    `likeliest` [B, 1 + depth] is how likely the likeliest path of each length is, by width.
+    """
+
+    value: NDArray[Any]
+    depth: NDArray[Any]
+    found: dict[int, NDArray[np.bool_]]
+    likeliest: dict[int, NDArray[Any]]
+
+    @staticmethod
+    def of(drafts: list[_Draft]) -> _Alike:
+        """Value `drafts` by what is known now."""
+        value, depth = np.concatenate([draft.value() for draft in drafts]), drafts[0].depth[0]
+        found = {width: np.concatenate([draft.found[width] for draft in drafts]) for width in drafts[0].found}
+        starts, root = np.searchsorted(depth, np.arange(1, depth[-1] + 1)), np.ones((len(value), 1))
+        levels = {w: np.maximum.reduceat(np.where(had, value, 0), starts, axis=1) for w, had in found.items()}
+        return _Alike(value, depth, found, {width: np.concatenate([root, best], 1) for width, best in levels.items()})
+
+
 class Hindsight:
-    """The newest drafted rows, `KEPT_ROWS` or a draft more, as beams of the given `widths` would have drafted them."""
+    """The newest drafted rows, `KEPT_ROWS` or a draft more, as beams of the given `widths` would have drafted them.
+
+    With a `floor`, a row is drafted below a level only where its likeliest path of that length is that likely.
+    """
 
     def __init__(self, widths: Sequence[int]) -> None:
         self._widths = set(widths)
         self._drafts: collections.deque[_Draft] = collections.deque()
-        self._paths: list[NDArray[Any]] = []
-        self._falling: dict[tuple[int, int], NDArray[np.float64]] = {}
+        self._valued: list[_Alike] = []
+        self._falling: dict[tuple[int, int, float], NDArray[np.float64]] = {}
         self.num_rows = 0
 
     @property
@@ -59,31 +85,53 @@ class Hindsight:
 
     def revalue(self) -> None:
         """Value all drafts anew when they are looked at next."""
-        self._paths.clear()
+        self._valued.clear()
         self._falling.clear()
 
-    def tokens(self, depth: int, width: int, rows: int) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    def tokens(
+        self, depth: int, width: int, rows: int, floor: float = 0.0
+    ) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
         """Expected tokens of a step of `rows` rows by the number of nodes that it verifies, roots included.
 
         Counts are 0, 1, .. likeliest nodes beyond the roots, up to all that were drafted; of many, evenly spread ones.
         """
-        if not self._paths:
-            self._paths = [draft.value() for draft in self._drafts]
-        if (depth, width) not in self._falling:
-            drafts = zip(self._drafts, self._paths, strict=True)
-            path = np.concatenate([p[draft.found[width] & (draft.depth <= depth) & (p > 0)] for draft, p in drafts])
-            self._falling[depth, width] = np.concatenate([[0.0], np.cumsum(np.sort(path.astype(np.float64))[::-1])])
-        kept = self._falling[depth, width]
+        if (depth, width, floor) not in self._falling:
+            path = []
+            for alike in self._all():
+                drafted = alike.found[width] & (alike.depth <= depth) & (alike.value > 0)
+                if floor > 0.0:
+                    drafted &= (alike.likeliest[width] >= floor)[:, alike.depth - 1]
+                path.append(alike.value[drafted].astype(np.float64))
+            falling = np.cumsum(np.sort(np.concatenate(path))[::-1])
+            self._falling[depth, width, floor] = np.concatenate([[0.0], falling])
+        kept = self._falling[depth, width, floor]
         scale = rows / self.num_rows
         most = int(np.ceil((len(kept) - 1) * scale))
         nodes = np.linspace(0, most, min(most, GRID) + 1).round().astype(np.intp)
         return rows + nodes, rows + scale * np.interp(nodes / scale, np.arange(len(kept)), kept)
 
+    def going_on(self, depth: int, width: int, floor: float) -> list[float]:
+        """The share of all rows that is drafted below level 1, below level 2, .. to `depth`."""
+        num_going = np.zeros(depth - 1)
+        for alike in self._all():
+            going = (alike.likeliest[width][:, 1:depth] >= floor).sum(0)
+            num_going[: len(going)] += going
+        shares: list[float] = (num_going / self.num_rows).tolist()
+        return shares
+
+    def _all(self) -> list[_Alike]:
+        if not self._valued:
+            alike: dict[bytes, list[_Draft]] = {}
+            for draft in self._drafts:
+                alike.setdefault(draft.depth[0].tobytes(), []).append(draft)
+            self._valued = [_Alike.of(drafts) for drafts in alike.values()]
+        return self._valued
+
 
 def truncate(score: NDArray[Any], parent: NDArray[Any], depth: NDArray[Any], width: int) -> NDArray[np.bool_]:
     """Which candidates of a wide beam [B, P] a beam of `width` would have drafted too.
 
-    Siblings stand together, likeliest first. The result is all that it would have drafted, unless the wide beam left
+    The result is all that it would have drafted, unless the wide beam left
     one of its nodes for likelier ones: then what the narrow beam would have found below that node is missing, and it
     is valued too low by that.
     """
@@ -94,8 +142,7 @@ def truncate(score: NDArray[Any], parent: NDArray[Any], depth: NDArray[Any], wid
     for level in range(1, depth.max() + 1):
         at = np.flatnonzero(depth[0] == level)
         above = parent[:, at]
-        rank = np.arange(len(at)) - (above[:, :, None] == above[:, None, :]).argmax(-1)
-        here = np.take_along_axis(beam, above, 1) & (rank < width)
+        here = np.take_along_axis(beam, above, 1)
         drafted[:, at] = here
         best = np.argsort(np.where(here, -score[:, at], np.inf), axis=1, kind="stable")[:, :width]
         in_beam = np.zeros_like(here)

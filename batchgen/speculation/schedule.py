@@ -54,10 +54,15 @@ WARM_STEPS, MEMORY_STEPS = 4, 64
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Draft:
-    """How deep and wide to draft; `Draft(0, 0)` is a plain step."""
+    """How deep to draft and how many nodes of each level to expand; `Draft(0, 0)` is a plain step.
+
+    Of each expanded node the `CHILDREN` likeliest next tokens are candidates: they cost no pass. Rows whose likeliest
+    path to a level is less likely than `floor` are drafted no deeper.
+    """
 
     depth: int
     width: int
+    floor: float = 0.0
 
     def level_tokens(self, rows: int) -> list[int]:
         """Tokens of each pass of the head after the catch-up, whose own output already gives the first level."""
@@ -111,10 +116,13 @@ class Promise:
     fed: float = 0.0
 
 
+CHILDREN = 4
 PLAIN = Draft(0, 0)
 _NOTHING = Promise(PLAIN, MARGIN)
-# Of equals the first is taken, so cheap ones stand first. Width 2 and 4 begin at depth 1, where they cost no pass.
-SHAPES = (PLAIN, *(Draft(depth + 1, width) for width, depths in ((1, 6), (2, 5), (4, 6)) for depth in range(depths)))
+# Of equals the first is taken, so cheap ones stand first. At depth 1 nothing is expanded.
+SHAPES = (PLAIN, Draft(1, 1), *(Draft(depth, width) for width in (1, 2, 4) for depth in range(2, 7)))
+# Further ones, for where each level is seen before the next is drafted.
+STOPPING = tuple(Draft(6, width, floor) for width in (1, 2, 4) for floor in (0.2, 0.35, 0.5, 0.7))
 
 
 class Schedule:
@@ -241,16 +249,23 @@ class Schedule:
         self._calls += 1
         promises, until = self._forecasts.get(key, ([], 0))
         if self._calls >= until:
-            promises = [self._promise(shape, ahead) for shape in self._shapes if 0 < shape.depth <= max_depth]
+            promises = [self._promise(shape, ahead) for shape in self._of_use(max_depth)]
             self._forecasts[key] = promises, self._calls + FORECAST_STEPS
         return promises
+
+    def _of_use(self, max_depth: int) -> list[Draft]:
+        """The shapes of use where rows give `max_depth` tokens more; what stops by itself is as deep as they allow."""
+        usual = [shape for shape in self._shapes if not shape.floor and 0 < shape.depth <= max_depth]
+        stopping = [shape for shape in self._shapes if shape.floor] if max_depth > 1 else []
+        return usual + [dataclasses.replace(shape, depth=min(shape.depth, max_depth)) for shape in stopping]
 
     def _promise(self, shape: Draft, ahead: Ahead) -> Promise:
         """What `shape` promises with the best number of verified nodes."""
         rows, context, extend = ahead.rows, ahead.context, self._costs.extend
-        nodes, tokens = self._seen.tokens(shape.depth, shape.width, rows)
-        fed, levels = tokens + rows * self._arriving, shape.level_tokens(rows)
-        step = self._costs.step(rows=rows, extend_tokens=fed, level_tokens=levels, nodes=nodes, context=context)
+        nodes, tokens = self._seen.tokens(shape.depth, shape.width, rows, shape.floor)
+        fed = tokens + rows * self._arriving
+        step = self._costs.step(rows=rows, extend_tokens=fed, level_tokens=[], nodes=nodes, context=context)
+        step = step + self._levels_s(shape, rows, context)
         debt = np.maximum(extend(sum(ahead.pending), context) - extend(fed, context), 0.0)
         repaying = step + debt / np.clip(_left(ahead) * rows / tokens, 1, REPAY_STEPS)
         plain_steps = tokens / rows * self._plain_s(ahead) * self._outcomes.slower(rows)
@@ -262,9 +277,17 @@ class Schedule:
         rows = ahead.rows
         return self._costs.step(rows=rows, extend_tokens=0, level_tokens=[], nodes=rows, context=ahead.context)
 
+    def _levels_s(self, shape: Draft, rows: int, context: int) -> float:
+        """Seconds of all levels after the first; with a floor those expected, if rows go on independently."""
+        if not shape.floor:
+            return float(self._costs.level(np.array(shape.level_tokens(rows)), context).sum())
+        seconds = self._costs.level(shape.width * np.arange(rows + 1), context)
+        going_on = self._seen.going_on(shape.depth, shape.width, shape.floor)
+        return sum(float(_binomial(rows, share) @ seconds) for share in going_on)
+
     def _drafting_s(self, shape: Draft, rows: Sequence[int], ahead: Ahead) -> float:
-        levels = self._costs.level(np.array(shape.level_tokens(len(rows))), ahead.context)
-        return self._costs.extend(sum(ahead.pending[row] for row in rows), ahead.context) + float(levels.sum())
+        catch_up = self._costs.extend(sum(ahead.pending[row] for row in rows), ahead.context)
+        return catch_up + self._levels_s(shape, len(rows), ahead.context)
 
     def _largest_within(self, max_depth: int) -> Draft:
         depth = min(max_depth, self._largest.depth)
@@ -287,6 +310,15 @@ class Throughput:
         """Tokens per second at about `rows` running rows, once a few steps have shown it."""
         steps, tokens, seconds = self._sums.get(power_of_two(rows), (0, 0.0, 0.0))
         return tokens / seconds if steps >= WARM_STEPS else None
+
+
+def _binomial(num: int, share: float) -> NDArray[np.float64]:
+    """How likely 0, 1, .. `num` of `num` happen, each of which happens with the probability `share`."""
+    share, times = min(max(share, 1e-12), 1 - 1e-12), np.arange(num + 1)
+    log_factorial = np.cumsum(np.log(np.maximum(times, 1)))
+    ways = log_factorial[-1] - log_factorial - log_factorial[::-1]
+    likely: NDArray[np.float64] = np.exp(ways + times * np.log(share) + times[::-1] * np.log1p(-share))
+    return likely
 
 
 def _left(ahead: Ahead) -> float:

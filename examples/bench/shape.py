@@ -183,7 +183,8 @@ class Machine:
         width: Shape | AutoTree | None = fixed_shape(mode)
         if mode == "auto":
             if rows not in self._auto:
-                self._auto[rows] = AutoTree(measure(self.target, self.draft, rows), self.target.graphs.sizes)
+                costs, on_cpu = measure(self.target, self.draft, rows), self.target.device.type == "cpu"
+                self._auto[rows] = AutoTree(costs, self.target.graphs.sizes, stops_early=on_cpu)
             width = self._auto[rows]
         draft = None if width is None else self.draft
         engine = DrawnEngine(self.target, draft, decode=str, batch_size=rows, width=width)

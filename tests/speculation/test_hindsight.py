@@ -28,7 +28,7 @@ class Beam:
                 rng = np.random.default_rng([seed, *above])
                 logits = rng.normal(0, peak, 8).round(1)  # rounded, for ties
                 logp = np.log(np.exp(logits) / np.exp(logits).sum())
-                for token in np.argsort(-logp, kind="stable")[:width].tolist():
+                for token in np.argsort(-logp, kind="stable")[:4].tolist():
                     self.names.append((*above, token))
                     self.score.append(score + float(logp[token]))
                     self.parent.append(node)

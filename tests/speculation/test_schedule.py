@@ -34,18 +34,18 @@ from batchgen.speculation.schedule import (
 SMALL = (PLAIN, Draft(1, 1), Draft(2, 1), Draft(3, 1), Draft(2, 2), Draft(3, 2))
 
 
-def pools(seed, rows, width, levels, kept=0.8):
+def pools(seed, rows, width, levels, kept=0.8, children=4):
     """Drafts of a head whose beams nest: a child's own probability falls with its rank alone, so no node overtakes."""
     rng = np.random.default_rng(seed)
-    own = np.sort(rng.uniform(0.2, 0.9, (rows, 1)), 1) * 0.02 ** np.arange(width)
+    own = np.sort(rng.uniform(0.2, 0.9, (rows, 1)), 1) * 0.02 ** np.arange(children)
     score = [np.log(own)]
-    parent, depth = [np.full((rows, width), -1)], [np.full((rows, width), 1)]
+    parent, depth = [np.full((rows, children), -1)], [np.full((rows, children), 1)]
     beam, first = np.tile(np.arange(width), (rows, 1)), 0
     for level in range(2, levels + 1):
         above = np.take_along_axis(score[-1], beam - first, 1)
         first += score[-1].shape[1]
         score.append((above[:, :, None] + np.log(own)[:, None]).reshape(rows, -1))
-        parent.append(np.repeat(beam, width, 1))
+        parent.append(np.repeat(beam, children, 1))
         depth.append(np.full(score[-1].shape, level))
         beam = first + np.argsort(-score[-1], 1, kind="stable")[:, :width]
     score, parent, depth = (np.concatenate(parts, 1) for parts in (score, parent, depth))

@@ -145,16 +145,16 @@ class Draft:
         return out
 
     def level(
-        self, token_ids: torch.Tensor, hidden: torch.Tensor, layout: Layout, pool: Pool, width: int
+        self, token_ids: torch.Tensor, hidden: torch.Tensor, layout: Layout, pool: Pool, children: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`forward` over the nodes of a tree level, and `top` of its output; another call may overwrite them."""
 
         def run(layout: Layout, token_ids: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
             out = self.forward(token_ids, hidden, layout, pool)
-            return out, *self.top(out, width)
+            return out, *self.top(out, children)
 
-        out, logp, children = self._graphs.run(f"level {width}", run, pool, layout, token_ids, hidden)
-        return out, logp, children
+        out, logp, tokens = self._graphs.run(f"level {children}", run, pool, layout, token_ids, hidden)
+        return out, logp, tokens
 
     @torch.inference_mode()
     def top(self, state: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -201,8 +201,13 @@ class TorchEngine:
         drafts = [slots[r] for r in drafting]
         state = self._catch_up(self._draft, drafts)
         lengths = [rows[r].draft_len for r in drafting]
-        candidates = forest.grow(self._draft, self._slots.pools[1], drafts, state, lengths, shape).on_host()
-        kept = self._width.keep(candidates, torch.tensor([caps[r] for r in drafting]), shape, ahead)
+        width, own_caps = self._width, torch.tensor([caps[r] for r in drafting])
+        pool = self._slots.pools[1]
+        drafted = forest.grow(
+            self._draft, pool, drafts, state, lengths, shape, lambda found: width.likely(found, own_caps, shape)
+        )
+        candidates = drafted.on_host()
+        kept = width.keep(candidates, own_caps, shape, ahead)
         grown = forest.trees(candidates, kept, [roots[r] for r in drafting])
         for r, tree in zip(drafting, grown, strict=True):
             trees[r] = tree

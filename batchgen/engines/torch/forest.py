@@ -1,9 +1,11 @@
 """Draft trees for all running rows at once: deterministic top-k of the head, level by level.
 
-As EAGLE-2 (arXiv 2406.16858) and SafeAILab's `topK_genrate`: the `width` likeliest children of each of the `width`
+As EAGLE-2 (arXiv 2406.16858) and SafeAILab's `topK_genrate`: the likeliest children of each of the `width`
 likeliest nodes of a level are candidates, of which the verified nodes are chosen: the likeliest of each row here, or
 across all rows by `speculation.budget`. A chain is width 1. Trees never look at sampling noise, which is what makes
 verification by following the sampled token exact.
+Where a level may be waited for, a row whose likeliest path has become unlikely is not drafted deeper: it would pay for
+passes of the head whose nodes nobody verifies (confidence thresholds of chains, as in SpecDec++, arXiv 2405.19715).
 A child ties with a parent of probability 1; selection is stable in level order, so that a parent is never dropped
 before its child (SGLang's "invalid eagle tree" is that tie).
 """
@@ -20,7 +22,9 @@ from batchgen.engines.torch.layout import Layout, upload
 from batchgen_kernels.tree_attention import MAX_NODES
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
 
     from batchgen.engines.torch.draft import Draft
     from batchgen.engines.torch.kvcache import Pool
@@ -28,13 +32,23 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Shape:
-    """Levels below the root, nodes kept per level while drafting, and nodes verified per row (root excluded)."""
+    """Levels below the root, nodes expanded per level while drafting, and nodes verified per row (root excluded).
+
+    Of each expanded node the `children` likeliest next tokens are candidates, `width` unless given. A row goes on below
+    a level only if its likeliest path to there is at least `floor` likely to be kept.
+    """
 
     depth: int
     width: int
     nodes: int
+    floor: float = 0.0
+    children: int = 0
 
     def __post_init__(self) -> None:
+        if not self.children:
+            object.__setattr__(self, "children", self.width)
+        if self.children < self.width:
+            raise ValueError(f"{self}: the first level has too few candidates for its width")
         if self.nodes >= MAX_NODES or (self.depth - 1) * self.width >= MAX_NODES:
             raise ValueError(f"{self} does not fit a tile of {MAX_NODES} nodes")
 
@@ -87,6 +101,27 @@ class Candidates:
         there = torch.stack([field.double() for field in fields]).cpu()
         return Candidates(*(each.to(field.dtype) for each, field in zip(there, fields, strict=True)))
 
+    def level_tokens(self, shape: Shape) -> list[int]:
+        """Tokens of each pass of the head that drafted these, after the catch-up that gave level 1."""
+        drafted = self.logp.isfinite().sum(0)[shape.children :: shape.width * shape.children]
+        return [int(rows) * shape.width for rows in drafted]
+
+    def of_rows(self, rows: torch.Tensor, num_rows: int) -> Candidates:
+        """These as candidates of `rows`, rising, among `num_rows` rows; the others' have probability 0."""
+        if len(rows) == num_rows:
+            return self
+        whole = []
+        for name in Candidates.__slots__:
+            own = getattr(self, name)
+            filled = own.new_full((num_rows, own.shape[1]), float("-inf")) if own.is_floating_point() else own[:1]
+            whole.append(filled.expand(num_rows, -1).clone().index_copy_(0, rows, own))
+        return Candidates(*whole)
+
+    @staticmethod
+    def joined(levels: Sequence[Candidates]) -> Candidates:
+        """Levels side by side."""
+        return Candidates(*(torch.cat([getattr(c, name) for c in levels], 1) for name in Candidates.__slots__))
+
 
 def root_only(tokens: Sequence[int]) -> list[RowTree]:
     """Trees without draft nodes: one plain decoding step per row."""
@@ -94,42 +129,62 @@ def root_only(tokens: Sequence[int]) -> list[RowTree]:
 
 
 def grow(
-    draft: Draft, pool: Pool, slots: Sequence[int], state: torch.Tensor, context: Sequence[int], shape: Shape
+    draft: Draft,
+    pool: Pool,
+    slots: Sequence[int],
+    state: torch.Tensor,
+    context: Sequence[int],
+    shape: Shape,
+    likely: Callable[[Candidates], NDArray[np.float32]] | None = None,
 ) -> Candidates:
-    """Draft `shape.depth` levels for all rows.
+    """Draft `shape.depth` levels for all rows, or fewer where `shape.floor` ends them all.
 
     Row b stands in slot `slots[b]` of `pool`, with `context[b]` true slots written, the last of which gave the output
-    state `state[b]`.
+    state `state[b]`. `likely` tells of what is drafted so far how likely each candidate's path is kept, [B, P]; it is
+    asked, and waited for, only with a floor.
     """
-    num_rows, width = len(slots), shape.width
+    num_rows, width, children = len(slots), shape.width, shape.children
     slot_R, prefix_R = (upload(np.array(each, np.int64), state.device) for each in (slots, context))
-    rank = torch.arange(width, device=state.device)
-    score, token = draft.top(state, width)
+    rank = torch.arange(children, device=state.device)
+    score, token = draft.top(state, children)
     parent = torch.full_like(token, -1)
     found = [Candidates(score, score, rank.expand(num_rows, -1), token, parent, torch.ones_like(token))]
-    num_candidates = width
-    beam = rank.expand(num_rows, -1)
+    num_candidates = children
+    score, token, place = score[:, :width], token[:, :width], rank[:width]
+    beam = place.expand(num_rows, -1)
     parent_state = state[:, None].expand(-1, width, -1)
-    bits = (1 << rank).expand(num_rows, -1)
+    bits = (1 << place).expand(num_rows, -1)
+    alive = torch.arange(num_rows, device=state.device)
     for level in range(1, shape.depth):
+        if shape.floor > 0.0:
+            assert likely is not None, "a floor is held against calibrated probabilities"
+            path = likely(Candidates.joined(found).on_host())[:, -found[-1].token.shape[1] :]
+            going = torch.from_numpy(path.max(1) >= shape.floor)[alive].nonzero().view(-1)
+            if len(going) == 0:
+                break
+            if len(going) < len(alive):
+                alive, slot_R, prefix_R, score, token = (t[going] for t in (alive, slot_R, prefix_R, score, token))
+                beam, parent_state, bits = (t[going] for t in (beam, parent_state, bits))
         layout = Layout.even(slot_R, prefix_R, bits, (level - 1) * width, level - 1, draft.heads)
         # Of one row, the reshaped expansion would still be a view of stride 0, which kernels refuse.
-        hidden = parent_state.reshape(num_rows * width, -1).contiguous()
-        out, *top = draft.level(token.reshape(-1), hidden, layout, pool, width)
+        hidden = parent_state.reshape(len(alive) * width, -1).contiguous()
+        out, *top = draft.level(token.reshape(-1), hidden, layout, pool, children)
         # Copies: the next level writes its own to the same place.
-        logp, children = (t.reshape(num_rows, width * width).clone() for t in top)
-        child_score = score.repeat_interleave(width, 1) + logp
-        child_rank = rank.repeat(width).expand(num_rows, -1)
-        depth = torch.full_like(children, level + 1)
-        found.append(Candidates(child_score, logp, child_rank, children, beam.repeat_interleave(width, 1), depth))
+        logp, tokens = (t.reshape(len(alive), width * children).clone() for t in top)
+        child_score = score.repeat_interleave(children, 1) + logp
+        child_rank = rank.repeat(width).expand(len(alive), -1)
+        depth = torch.full_like(tokens, level + 1)
+        here = Candidates(child_score, logp, child_rank, tokens, beam.repeat_interleave(children, 1), depth)
+        found.append(here.of_rows(alive, num_rows))
         best = child_score.sort(dim=-1, descending=True, stable=True).indices[:, :width]
-        score, token = child_score.gather(1, best), children.gather(1, best)
+        score, token = child_score.gather(1, best), tokens.gather(1, best)
         beam = num_candidates + best
-        parent_state = out.view(num_rows, width, -1).gather(1, (best // width)[..., None].expand(-1, -1, out.shape[-1]))
-        own = 1 << (level * width + rank)
-        bits = bits.gather(1, best // width) | own if level + 1 < shape.depth else bits
-        num_candidates += width * width
-    return Candidates(*(torch.cat([getattr(c, f) for c in found], 1) for f in Candidates.__slots__))
+        above = best // children
+        parent_state = out.view(len(alive), width, -1).gather(1, above[..., None].expand(-1, -1, out.shape[-1]))
+        own = 1 << (level * width + place)
+        bits = bits.gather(1, above) | own if level + 1 < shape.depth else bits
+        num_candidates += width * children
+    return Candidates.joined(found)
 
 
 def likeliest(candidates: Candidates, depth_caps: torch.Tensor, nodes: int) -> torch.Tensor:

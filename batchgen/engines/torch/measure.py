@@ -12,6 +12,7 @@ from batchgen.engines.torch import forest
 from batchgen.engines.torch.kvcache import free_bytes
 from batchgen.engines.torch.layout import Tile
 from batchgen.speculation.costs import Costs, Table
+from batchgen.speculation.schedule import CHILDREN
 from batchgen_kernels.tree_attention import MAX_NODES, Span
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def measure(target: Target, draft: Draft, batch_size: int) -> Costs:
     def grow(tokens: int, context: int, depth: int) -> None:
         rows = min(tokens, batch_size)
         state = blank.new_zeros(rows, draft.config.layer.hidden_size)
-        shape = forest.Shape(depth, tokens // rows, MAX_NODES - 1)
+        shape = forest.Shape(depth, tokens // rows, MAX_NODES - 1, children=CHILDREN)
         forest.grow(draft, draft_pool, range(rows), state, [context] * rows, shape).on_host()
 
     def table(run: Callable[[int, int], None], more: Sequence[int] = ()) -> Table:

@@ -17,11 +17,11 @@ from batchgen.engines.torch import forest
 from batchgen.engines.torch.forest import Candidates, Shape
 from batchgen.speculation import budget
 from batchgen.speculation.calibration import Calibration
-from batchgen.speculation.schedule import PLAIN, Draft, Schedule, Throughput
+from batchgen.speculation.schedule import CHILDREN, PLAIN, SHAPES, STOPPING, Draft, Schedule, Throughput
 from batchgen_kernels.tree_attention import MAX_NODES
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -63,6 +63,9 @@ class Width(Protocol):
     def plan(self, ahead: Ahead) -> tuple[Shape, Sequence[int]] | None:
         """What to draft, and for which rows; None for a plain step."""
 
+    def likely(self, candidates: Candidates, caps: torch.Tensor, shape: Shape) -> NDArray[np.float32]:
+        """How likely each candidate's path is kept, [B, P]; asked before the last level of shapes that have a floor."""
+
     def keep(self, candidates: Candidates, caps: torch.Tensor, shape: Shape, ahead: Ahead) -> torch.Tensor:
         """The candidates to verify, bool [B, P] of B rows that drafted, each with its parent and none below `caps`."""
 
@@ -84,6 +87,10 @@ class FixedTree:
         depth = min(self._shape.depth, max(ahead.caps))
         return (dataclasses.replace(self._shape, depth=depth), range(ahead.rows)) if depth > 0 else None
 
+    def likely(self, candidates: Candidates, caps: torch.Tensor, shape: Shape) -> NDArray[np.float32]:
+        """See `Width`."""
+        raise NotImplementedError("a fixed tree has no floor")
+
     def keep(self, candidates: Candidates, caps: torch.Tensor, shape: Shape, ahead: Ahead) -> torch.Tensor:
         """See `Width`."""
         return forest.likeliest(candidates, caps, shape.nodes)
@@ -99,14 +106,15 @@ class FixedTree:
 class AutoTree:
     """The tree that pays: one budget over all rows, set anew in every step from measured costs.
 
-    `sizes` as in `budget.select`.
+    `sizes` as in `budget.select`. `stops_early` lets it look at each level before the next is drafted, and leave rows
+    off that are unlikely to get there; where passes are queued on a device that would be a wait for each level.
     """
 
-    def __init__(self, costs: Costs, sizes: Sequence[int] = ()) -> None:
+    def __init__(self, costs: Costs, sizes: Sequence[int] = (), *, stops_early: bool = False) -> None:
         self.costs = costs
         self._sizes = sizes
         self._calibration = Calibration()
-        self._schedule = Schedule(costs)
+        self._schedule = Schedule(costs, SHAPES + STOPPING if stops_early else SHAPES)
         self._throughput = Throughput()
         self._exploring = False
         self._expected = 0.0
@@ -118,22 +126,35 @@ class AutoTree:
         self._expected = float(ahead.rows)
         plan = self._schedule.next(ahead)
         self._exploring = plan.explores
-        return None if plan.draft == PLAIN else (Shape(plan.draft.depth, plan.draft.width, MAX_NODES - 1), plan.rows)
+        if plan.draft == PLAIN:
+            return None
+        depth, width, floor = dataclasses.astuple(plan.draft)
+        return Shape(depth, width, MAX_NODES - 1, floor, CHILDREN), plan.rows
 
-    def keep(self, candidates: Candidates, caps: torch.Tensor, shape: Shape, ahead: Ahead) -> torch.Tensor:
+    def likely(self, candidates: Candidates, caps: torch.Tensor, shape: Shape) -> NDArray[np.float32]:
         """See `Width`."""
+        return self._value(candidates, caps, shape)()
+
+    def _value(self, candidates: Candidates, caps: torch.Tensor, shape: Shape) -> Callable[[], NDArray[np.float32]]:
+        """The same as a function, that goes by what the calibration knows when it is called."""
         columns = (candidates.logp, candidates.rank, candidates.depth, candidates.parent, caps)
         logp, rank, depth, parent, cap = (column.numpy() for column in columns)
 
         def value() -> NDArray[np.float32]:
             accepted = self._calibration.acceptance(logp, rank, depth)
-            return _along(np.where(depth <= cap[:, None], accepted, np.float32(0)), parent, shape)
+            of_use = (depth <= cap[:, None]) & np.isfinite(logp)
+            return _along(np.where(of_use, accepted, np.float32(0)), parent, shape)
 
+        return value
+
+    def keep(self, candidates: Candidates, caps: torch.Tensor, shape: Shape, ahead: Ahead) -> torch.Tensor:
+        """See `Width`."""
+        value = self._value(candidates, caps, shape)
         path = value()
         if self._exploring:
-            self._schedule.record(value, candidates.score.numpy(), parent, depth, shape.width)
-        rows = ahead.rows
-        levels = Draft(shape.depth, shape.width).level_tokens(len(path))
+            score, parent, depth = (each.numpy() for each in (candidates.score, candidates.parent, candidates.depth))
+            self._schedule.record(value, score, parent, depth, shape.width)
+        rows, levels = ahead.rows, candidates.level_tokens(shape)
         kept = budget.select(
             path,
             num_roots=rows,
@@ -172,7 +193,7 @@ class AutoTree:
         if step.mixed:  # its seconds are the prompts' as well
             return
         if not self._exploring:
-            draft = PLAIN if drafted is None else Draft(drafted.shape.depth, drafted.shape.width)
+            draft = PLAIN if drafted is None else Draft(drafted.shape.depth, drafted.shape.width, drafted.shape.floor)
             self._schedule.timed(draft, step.tokens, taken)
         self.costs.refine_verify(step.nodes, step.context, step.verify_s)
 
@@ -181,7 +202,7 @@ class AutoTree:
         drafted = step.drafted
         if drafted is None:
             return 0.0
-        levels = Draft(drafted.shape.depth, drafted.shape.width).level_tokens(len(drafted.rows))
+        levels = drafted.candidates.level_tokens(drafted.shape)
         extend = float(self.costs.extend(drafted.extend_tokens, step.context))
         each = [float(self.costs.level(tokens, step.context)) for tokens in levels]
         ratio = step.draft_s / (extend + sum(each))
@@ -206,9 +227,8 @@ class AutoTree:
 
 def _along(accepted: NDArray[np.float32], parent: NDArray[np.int64], shape: Shape) -> NDArray[np.float32]:
     """The probability that each candidate is kept [B, P], from that of its acceptance once its parent is kept."""
-    start = shape.width
-    for _ in range(1, shape.depth):
-        stop = start + shape.width**2
-        accepted[:, start:stop] *= np.take_along_axis(accepted, parent[:, start:stop], 1)
-        start = stop
+    each = shape.width * shape.children
+    for start in range(shape.children, accepted.shape[1], each):
+        level = slice(start, start + each)
+        accepted[:, level] *= np.take_along_axis(accepted, parent[:, level], 1)
     return accepted
