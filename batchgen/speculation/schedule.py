@@ -43,7 +43,7 @@ EXPLORE_SHARE = 0.005
 EXPLORE_STEPS, FORECAST_STEPS = 32, 64
 # Before exploring has to be paid for: the first row of a small batch may be nothing like the next, and the first step
 # of a large one is judged by a calibration that has seen nothing.
-FIRST_ROWS, FIRST_STEPS = 16, 4
+FIRST_ROWS, FIRST_STEPS = 48, 4
 # Steps between those of few rows, whose first tokens are unlike what follows.
 FIRST_PAUSE = 4
 # Rows that explore where the others go on plainly: those with the least to catch up on.

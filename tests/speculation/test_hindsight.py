@@ -89,6 +89,23 @@ def test_the_likeliest_nodes_of_all_rows_come_first(depth, width):
     assert tokens == pytest.approx(5 + np.cumsum([0, *falling]))
 
 
+@given(st.integers(0, 10**6), st.sampled_from([1, 2, 4]), st.integers(1, 4), st.floats(0.01, 0.9))
+def test_unlikely_rows_are_drafted_no_deeper(seed, width, depth, floor):
+    hindsight, path, draft = recorded(range(seed, seed + 5), levels=4)
+    found = truncate(*draft, width)
+    tokens, going = [], [0] * (depth - 1)
+    for row in range(5):
+        for level in range(1, depth + 1):
+            here = path[row][found[row] & (draft[2][row] == level)]
+            tokens += here.tolist()
+            if here.max() < floor or level == depth:
+                break
+            going[level - 1] += 1
+    expected = 5 + np.cumsum([0, *sorted(tokens, reverse=True)])
+    assert hindsight.tokens(depth, width, 5, floor)[1] == pytest.approx(expected)
+    assert hindsight.going_on(depth, width, floor) == [num / 5 for num in going]
+
+
 def test_rows_scale():
     hindsight, _, _ = recorded(range(4))
     nodes, tokens = hindsight.tokens(3, 4, 4)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from math import comb
 
 import numpy as np
 import pytest
@@ -32,6 +34,7 @@ from batchgen.speculation.schedule import (
 )
 
 SMALL = (PLAIN, Draft(1, 1), Draft(2, 1), Draft(3, 1), Draft(2, 2), Draft(3, 2))
+STOPS = (Draft(3, 1, 0.4), Draft(3, 2, 0.25))
 
 
 def pools(seed, rows, width, levels, kept=0.8, children=4):
@@ -77,14 +80,22 @@ def exhaustive(shape, rows, per_token, draft, context, pending, left):
     plain = per_token.verify(rows, context) + per_token.fixed
     if shape == PLAIN:
         return MARGIN * rows / plain
-    path = draft(shape)[0]()
+    value, _, _, level = draft(shape)
+    path, levels_s = value(), 0.0
+    for depth in range(1, shape.depth):
+        going = np.where(level == depth, path, 0).max(1) >= shape.floor
+        path[~going] *= level[~going] <= depth
+        share = going.mean()  # of the rows that are to come, each by itself
+        levels_s += sum(
+            comb(rows, num) * share**num * (1 - share) ** (rows - num) * per_token.level(num * shape.width, context)
+            for num in range(rows + 1)
+        )
     best = -np.inf
     falling = sorted(path[path > 0].tolist(), reverse=True)
     for num in range(len(falling) + 1):
         tokens = rows + sum(falling[:num])
         seconds = per_token.verify(rows + num, context) + per_token.fixed + per_token.extend(tokens, context)
-        for _ in range(shape.depth - 1):
-            seconds += per_token.level(rows * shape.width, context)
+        seconds += levels_s
         debt = per_token.extend(pending, context) - per_token.extend(tokens, context)
         seconds += max(debt, 0) / min(REPAY_STEPS, max(1, left * rows / tokens))
         best = max(best, tokens / seconds)
@@ -100,10 +111,12 @@ def exhaustive(shape, rows, per_token, draft, context, pending, left):
     st.integers(0, 300),
 )
 def test_the_choice_is_that_of_exhaustive_evaluation(seed, rows, per_token, max_depth, pending):
-    schedule = Schedule(per_token, SMALL)
+    schedule = Schedule(per_token, SMALL + STOPS)
     schedule.record(*pools(seed, rows, 2, 3), 2)
     chosen = schedule.choose(ahead(rows, pending, max_depth, 1000)).draft
     allowed = [shape for shape in SMALL if shape.depth <= max_depth]
+    if max_depth > 1:
+        allowed += [dataclasses.replace(shape, depth=min(shape.depth, max_depth)) for shape in STOPS]
     assert chosen in allowed
     values = {
         shape: exhaustive(
@@ -313,9 +326,10 @@ def test_exploring_costs_its_share_and_finds_when_drafting_pays_again():
 
 def test_the_first_rows_of_a_small_batch_are_all_explored():
     schedule = Schedule(CHEAP)
-    steps = World(schedule, CHEAP, rows=1).steps(80, kept=0.9)
+    num = FIRST_ROWS * FIRST_PAUSE
+    steps = World(schedule, CHEAP, rows=1).steps(num, kept=0.9)
     explored = [i for i, (_, explored) in enumerate(steps) if explored]
-    assert explored == [*range(FIRST_STEPS), *range(FIRST_STEPS - 1 + FIRST_PAUSE, 80, FIRST_PAUSE)][:FIRST_ROWS]
+    assert explored == [*range(FIRST_STEPS), *range(FIRST_STEPS - 1 + FIRST_PAUSE, num, FIRST_PAUSE)][:FIRST_ROWS]
 
 
 def test_rows_near_their_end_are_not_explored():

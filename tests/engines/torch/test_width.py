@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 
@@ -42,18 +45,51 @@ class Idle(FixedTree):
 
 
 class Watched(TorchEngine):
-    """Remembers the head's log-probabilities by what stood before them."""
+    """Remembers the head's log-probabilities, and those of whole paths, by what stood before them."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.logp: dict[tuple[int, ...], list[float]] = {}
+        self.score: dict[tuple[int, ...], list[float]] = {}
 
     def _grow(self, slots):
         before = [tuple(self._rows[slot].tokens) for slot in slots]
         drafted, trees = super()._grow(slots)
         if drafted is not None:
-            self.logp |= dict(zip([before[r] for r in drafted.rows], drafted.candidates.logp.tolist(), strict=True))
+            places = [before[r] for r in drafted.rows]
+            self.logp |= dict(zip(places, drafted.candidates.logp.tolist(), strict=True))
+            self.score |= dict(zip(places, drafted.candidates.score.tolist(), strict=True))
         return drafted, trees
+
+
+class Stopping(Idle):
+    """Drafts rows no deeper whose likeliest path is unlikely by the head's own word."""
+
+    def likely(self, candidates, caps, shape):
+        return candidates.score.exp().numpy()
+
+
+def test_rows_that_are_unlikely_to_go_on_are_drafted_no_deeper(bench, prompts):
+    """Whatever is drafted is what would be without a floor, and nothing else is missing than what lies below one."""
+    shape, floor = Shape(4, 2, 20, children=3), 0.3
+    every, stopped = (
+        bench.engine(width, 4, kind=Watched)
+        for width in (Idle(shape), Stopping(dataclasses.replace(shape, floor=floor)))
+    )
+    for engine in (every, stopped):
+        bench.run(engine, prompts[:4], GREEDY)
+    assert every.logp.keys() == stopped.logp.keys()
+    deepest = set()
+    for before, logp in every.logp.items():
+        score, depth, stop = every.score[before], 1, 3
+        likeliest = max(score[:3])
+        while stop < len(score) and likeliest >= np.log(floor):
+            likeliest = max(score[stop : stop + 6])
+            depth, stop = depth + 1, stop + 6
+        deepest.add(depth)
+        drafted = [each for each in stopped.logp[before] if each > float("-inf")]
+        assert drafted == pytest.approx(logp[:stop], abs=1e-3)
+    assert deepest == {1, 2, 3, 4}
 
 
 @pytest.mark.slow
@@ -61,7 +97,7 @@ class Watched(TorchEngine):
     ("batch_size", "num_prompts", "a_node"), [(64, 64, 0.0002), (7, 24, 0.00001)], ids=["64 rows", "7 rows"]
 )
 def test_tokens_do_not_depend_on_what_the_budget_decides(bench, prompts, plain, batch_size, num_prompts, a_node):
-    width = AutoTree(costs(a_node))
+    width = AutoTree(costs(a_node), stops_early=True)
     engine = bench.engine(width, batch_size)
     for s, sampling in enumerate((GREEDY, SAMPLED)):
         for i, prompt in enumerate(prompts[:num_prompts]):
