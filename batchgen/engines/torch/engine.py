@@ -204,7 +204,7 @@ class TorchEngine:
         width, own_caps = self._width, torch.tensor([caps[r] for r in drafting])
         pool = self._slots.pools[1]
         drafted = forest.grow(
-            self._draft, pool, drafts, state, lengths, shape, lambda found: width.likely(found, own_caps, shape)
+            self._draft, pool, drafts, state, lengths, shape, lambda level, r: width.accepted(level, own_caps[r])
         )
         candidates = drafted.on_host()
         kept = width.keep(candidates, own_caps, shape, ahead)

@@ -24,8 +24,6 @@ from batchgen_kernels.tree_attention import MAX_NODES
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from numpy.typing import NDArray
-
     from batchgen.engines.torch.draft import Draft
     from batchgen.engines.torch.kvcache import Pool
 
@@ -135,13 +133,13 @@ def grow(
     state: torch.Tensor,
     context: Sequence[int],
     shape: Shape,
-    likely: Callable[[Candidates], NDArray[np.float32]] | None = None,
+    accepted: Callable[[Candidates, torch.Tensor], torch.Tensor] | None = None,
 ) -> Candidates:
     """Draft `shape.depth` levels for all rows, or fewer where `shape.floor` ends them all.
 
     Row b stands in slot `slots[b]` of `pool`, with `context[b]` true slots written, the last of which gave the output
-    state `state[b]`. `likely` tells of what is drafted so far how likely each candidate's path is kept, [B, P]; it is
-    asked, and waited for, only with a floor.
+    state `state[b]`. With a floor `accepted` says how likely each candidate of a level of some rows is kept once its
+    parent is, and is waited for.
     """
     num_rows, width, children = len(slots), shape.width, shape.children
     slot_R, prefix_R = (upload(np.array(each, np.int64), state.device) for each in (slots, context))
@@ -155,16 +153,17 @@ def grow(
     parent_state = state[:, None].expand(-1, width, -1)
     bits = (1 << place).expand(num_rows, -1)
     alive = torch.arange(num_rows, device=state.device)
+    stops = accepted if shape.floor > 0.0 else None
+    likely = best_likely = stops(found[0], alive) if stops else score
+    best_likely = best_likely[:, :width]
     for level in range(1, shape.depth):
-        if shape.floor > 0.0:
-            assert likely is not None, "a floor is held against calibrated probabilities"
-            path = likely(Candidates.joined(found).on_host())[:, -found[-1].token.shape[1] :]
-            going = torch.from_numpy(path.max(1) >= shape.floor)[alive].nonzero().view(-1)
+        if stops:
+            going = (likely.amax(1) >= shape.floor).nonzero().view(-1)
             if len(going) == 0:
                 break
             if len(going) < len(alive):
                 alive, slot_R, prefix_R, score, token = (t[going] for t in (alive, slot_R, prefix_R, score, token))
-                beam, parent_state, bits = (t[going] for t in (beam, parent_state, bits))
+                beam, parent_state, bits, best_likely = (t[going] for t in (beam, parent_state, bits, best_likely))
         layout = Layout.even(slot_R, prefix_R, bits, (level - 1) * width, level - 1, draft.heads)
         # Of one row, the reshaped expansion would still be a view of stride 0, which kernels refuse.
         hidden = parent_state.reshape(len(alive) * width, -1).contiguous()
@@ -180,6 +179,9 @@ def grow(
         score, token = child_score.gather(1, best), tokens.gather(1, best)
         beam = num_candidates + best
         above = best // children
+        if stops:
+            likely = best_likely.repeat_interleave(children, 1) * stops(here, alive)
+            best_likely = likely.gather(1, best)
         parent_state = out.view(len(alive), width, -1).gather(1, above[..., None].expand(-1, -1, out.shape[-1]))
         own = 1 << (level * width + place)
         bits = bits.gather(1, above) | own if level + 1 < shape.depth else bits

@@ -129,12 +129,12 @@ def _layout(lay: Callable[..., Layout], counts: Sequence[int], context: int) -> 
 
 
 def _seconds(run: Callable[..., None], points: Sequence[tuple[int, ...]]) -> list[float]:
-    """The fastest of three at each point, after one that pays for first use.
+    """The fastest of five at each point, after one that pays for first use.
 
     Points take turns: what counts is how they differ, and a machine's speed drifts.
     """
     taken = []
-    for _ in range(4):
+    for _ in range(6):
         turn = []
         for point in points:
             began = time.perf_counter()

@@ -21,7 +21,7 @@ from batchgen.speculation.schedule import CHILDREN, PLAIN, SHAPES, STOPPING, Dra
 from batchgen_kernels.tree_attention import MAX_NODES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
@@ -63,8 +63,8 @@ class Width(Protocol):
     def plan(self, ahead: Ahead) -> tuple[Shape, Sequence[int]] | None:
         """What to draft, and for which rows; None for a plain step."""
 
-    def likely(self, candidates: Candidates, caps: torch.Tensor, shape: Shape) -> NDArray[np.float32]:
-        """How likely each candidate's path is kept, [B, P]; asked before the last level of shapes that have a floor."""
+    def accepted(self, level: Candidates, caps: torch.Tensor) -> torch.Tensor:
+        """How likely each candidate of a level [B, P] is kept once its parent is; asked where a shape has a floor."""
 
     def keep(self, candidates: Candidates, caps: torch.Tensor, shape: Shape, ahead: Ahead) -> torch.Tensor:
         """The candidates to verify, bool [B, P] of B rows that drafted, each with its parent and none below `caps`."""
@@ -87,7 +87,7 @@ class FixedTree:
         depth = min(self._shape.depth, max(ahead.caps))
         return (dataclasses.replace(self._shape, depth=depth), range(ahead.rows)) if depth > 0 else None
 
-    def likely(self, candidates: Candidates, caps: torch.Tensor, shape: Shape) -> NDArray[np.float32]:
+    def accepted(self, level: Candidates, caps: torch.Tensor) -> torch.Tensor:
         """See `Width`."""
         raise NotImplementedError("a fixed tree has no floor")
 
@@ -131,28 +131,25 @@ class AutoTree:
         depth, width, floor = dataclasses.astuple(plan.draft)
         return Shape(depth, width, MAX_NODES - 1, floor, CHILDREN), plan.rows
 
-    def likely(self, candidates: Candidates, caps: torch.Tensor, shape: Shape) -> NDArray[np.float32]:
+    def accepted(self, level: Candidates, caps: torch.Tensor) -> torch.Tensor:
         """See `Width`."""
-        return self._value(candidates, caps, shape)()
+        return torch.from_numpy(self._accepted(level, caps))
 
-    def _value(self, candidates: Candidates, caps: torch.Tensor, shape: Shape) -> Callable[[], NDArray[np.float32]]:
-        """The same as a function, that goes by what the calibration knows when it is called."""
-        columns = (candidates.logp, candidates.rank, candidates.depth, candidates.parent, caps)
-        logp, rank, depth, parent, cap = (column.numpy() for column in columns)
-
-        def value() -> NDArray[np.float32]:
-            accepted = self._calibration.acceptance(logp, rank, depth)
-            of_use = (depth <= cap[:, None]) & np.isfinite(logp)
-            return _along(np.where(of_use, accepted, np.float32(0)), parent, shape)
-
-        return value
+    def _accepted(self, candidates: Candidates, caps: torch.Tensor) -> NDArray[np.float32]:
+        columns = (candidates.logp, candidates.rank, candidates.depth, caps)
+        logp, rank, depth, cap = (column.numpy() for column in columns)
+        of_use = (depth <= cap[:, None]) & np.isfinite(logp)
+        return np.where(of_use, self._calibration.acceptance(logp, rank, depth), np.float32(0))
 
     def keep(self, candidates: Candidates, caps: torch.Tensor, shape: Shape, ahead: Ahead) -> torch.Tensor:
         """See `Width`."""
-        value = self._value(candidates, caps, shape)
+        score, parent, depth = (each.numpy() for each in (candidates.score, candidates.parent, candidates.depth))
+
+        def value() -> NDArray[np.float32]:
+            return _along(self._accepted(candidates, caps), parent, shape)
+
         path = value()
         if self._exploring:
-            score, parent, depth = (each.numpy() for each in (candidates.score, candidates.parent, candidates.depth))
             self._schedule.record(value, score, parent, depth, shape.width)
         rows, levels = ahead.rows, candidates.level_tokens(shape)
         kept = budget.select(

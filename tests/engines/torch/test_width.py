@@ -65,8 +65,8 @@ class Watched(TorchEngine):
 class Stopping(Idle):
     """Drafts rows no deeper whose likeliest path is unlikely by the head's own word."""
 
-    def likely(self, candidates, caps, shape):
-        return candidates.score.exp().numpy()
+    def accepted(self, level, caps):
+        return level.logp.exp()
 
 
 def test_rows_that_are_unlikely_to_go_on_are_drafted_no_deeper(bench, prompts):
