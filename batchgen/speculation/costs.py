@@ -24,10 +24,11 @@ T = TypeVar("T")
 M = TypeVar("M", float, "NDArray[Any]")
 N = TypeVar("N", float, "NDArray[Any]")
 
-# How far one measurement moves the grid points beside it, in log seconds per log ratio: noise of 10 % leaves 2 %.
-RATE = 0.1
-# How far it moves all other points, as a share of that: mostly it is the machine whose speed drifts, for every pass.
-DRIFT = 0.75
+# How far a pass of the target moves all points, in log seconds per log ratio: mostly it is the machine whose speed
+# drifts, on shared ones by a third within seconds, and plain and drafting steps are to be compared by the same clock.
+DRIFT = 0.2
+# How much further it moves the points beside it: how passes differ is learned slowly, noise of 10 % leaves 1 %.
+RATE = 0.025
 # A pass that took more than this much longer or shorter than expected says that something else took place.
 MAX_RATIO = 3.0
 # Tokens that no pass has; up to there the last slope goes on.
@@ -77,8 +78,8 @@ class Table:
             return np.where(tokens > 0, seconds, 0.0)
         return float(seconds) if tokens > 0 else 0.0
 
-    def refine(self, tokens: int, context: int, seconds: float) -> float:
-        """Learn from a pass that was timed: move the points beside `tokens` toward it, and the others with them.
+    def refine(self, tokens: int, context: int, seconds: float, drift: float = DRIFT) -> float:
+        """Learn from a pass that was timed: move all points toward it by `drift`, and those beside `tokens` further.
 
         Returns the factor by which points far away moved.
         """
@@ -93,10 +94,10 @@ class Table:
             low = int(place)
             share[min(low + 1, len(share) - 1)] = place - low
             share[low] = 1.0 - (place - low)
-        moved = self._seconds * ratio ** (RATE * (DRIFT + (1 - DRIFT) * share))
+        moved = self._seconds * ratio ** (drift + RATE * share)
         # What is now out of order is further from the measurement than the points it moved: they carry it along.
         self._set(moved if ratio > 1 else np.minimum.accumulate(moved[::-1])[::-1])
-        return float(ratio ** (RATE * DRIFT))
+        return float(ratio**drift)
 
     def scale(self, factor: float) -> None:
         """Take every pass to last `factor` times as long."""
@@ -115,18 +116,20 @@ class Table:
 class Costs:
     """Seconds of the passes that a step is made of.
 
-    `verify`: the target over packed nodes; `level`: one level of drafting over the nodes it expands; `extend`: the
-    head's catch-up over tokens that were kept; `fixed`: whatever else every step does.
+    `verify`: the target over packed nodes, unevenly spread over the rows; `level`: one level of drafting over the nodes
+    it expands; `extend`: the head's catch-up over tokens that were kept; `fixed`: whatever else every step does;
+    `even`: a pass of `verify` over rows that have as many nodes each, as a share of one over uneven rows.
     """
 
     verify: Table
     level: Table
     extend: Table
     fixed: float
+    even: float = 1.0
 
-    def refine_verify(self, nodes: int, context: int, seconds: float) -> None:
+    def refine_verify(self, nodes: int, context: int, seconds: float, *, even: bool = False) -> None:
         """Learn from a target pass that was timed. It is most of a step: if it has drifted, so have the others."""
-        drift = self.verify.refine(nodes, context, seconds)
+        drift = self.verify.refine(nodes, context, seconds / self.even if even else seconds)
         for other in (self.level, self.extend):
             other.scale(drift)
 
@@ -169,12 +172,12 @@ def load_costs(folder: Path, key: str) -> Costs | None:
 def save_costs(folder: Path, key: str, costs: Costs) -> None:
     """Remember the costs of passes under `key`, beside what `save` keeps there."""
     tables = {name: getattr(costs, name).as_json() for name in ("verify", "level", "extend")}
-    _save(folder, f"passes|{key}", tables | {"fixed": costs.fixed})
+    _save(folder, f"passes|{key}", tables | {"fixed": costs.fixed, "even": costs.even})
 
 
 def _costs(found: dict[str, Any]) -> Costs:
     tables = {name: Table(**found[name]) for name in ("verify", "level", "extend")}
-    return Costs(**tables, fixed=float(found["fixed"]))
+    return Costs(**tables, fixed=float(found["fixed"]), even=float(found["even"]))
 
 
 def _load(folder: Path, key: str, build: Callable[[dict[str, Any]], T]) -> T | None:

@@ -121,8 +121,10 @@ PLAIN = Draft(0, 0)
 _NOTHING = Promise(PLAIN, MARGIN)
 # Of equals the first is taken, so cheap ones stand first. At depth 1 nothing is expanded.
 SHAPES = (PLAIN, Draft(1, 1), *(Draft(depth, width) for width in (1, 2, 4) for depth in range(2, 7)))
-# Further ones, for where each level is seen before the next is drafted.
-STOPPING = tuple(Draft(6, width, floor) for width in (1, 2, 4) for floor in (0.2, 0.35, 0.5, 0.7))
+# Further ones, for where each level is seen before the next is drafted; and rows with which they are of use. Of more
+# rows some nearly always go on, and the head takes as long for a few as for them all.
+STOPPING = tuple(Draft(6, width, floor) for width in (1, 2) for floor in (0.2, 0.35, 0.5, 0.7))
+STOPPING_ROWS = 4
 
 
 class Schedule:
@@ -249,14 +251,16 @@ class Schedule:
         self._calls += 1
         promises, until = self._forecasts.get(key, ([], 0))
         if self._calls >= until:
-            promises = [self._promise(shape, ahead) for shape in self._of_use(max_depth)]
+            promises = [self._promise(shape, ahead) for shape in self._of_use(ahead.rows, max_depth)]
             self._forecasts[key] = promises, self._calls + FORECAST_STEPS
         return promises
 
-    def _of_use(self, max_depth: int) -> list[Draft]:
+    def _of_use(self, rows: int, max_depth: int) -> list[Draft]:
         """The shapes of use where rows give `max_depth` tokens more; what stops by itself is as deep as they allow."""
         usual = [shape for shape in self._shapes if not shape.floor and 0 < shape.depth <= max_depth]
-        stopping = [shape for shape in self._shapes if shape.floor] if max_depth > 1 else []
+        if max_depth <= 1 or power_of_two(rows) > power_of_two(STOPPING_ROWS):
+            return usual
+        stopping = (shape for shape in self._shapes if shape.floor)
         return usual + [dataclasses.replace(shape, depth=min(shape.depth, max_depth)) for shape in stopping]
 
     def _promise(self, shape: Draft, ahead: Ahead) -> Promise:
@@ -295,21 +299,21 @@ class Schedule:
 
 
 class Throughput:
-    """Tokens per second of recent steps, for each power of two of running rows apart."""
+    """Tokens of recent steps in the time of a plain one, for each power of two of running rows apart."""
 
     def __init__(self) -> None:
         self._sums: dict[int, tuple[int, float, float]] = {}
 
-    def seen(self, rows: int, tokens: int, seconds: float) -> None:
-        """A step of `rows` rows gave `tokens` in `seconds`."""
-        steps, all_tokens, all_seconds = self._sums.get(power_of_two(rows), (0, 0.0, 0.0))
+    def seen(self, rows: int, tokens: int, plain_steps: float) -> None:
+        """A step of `rows` rows gave `tokens` and took as long as so many plain steps."""
+        steps, all_tokens, all_taken = self._sums.get(power_of_two(rows), (0, 0.0, 0.0))
         fade = 1 - 1 / MEMORY_STEPS
-        self._sums[power_of_two(rows)] = steps + 1, fade * all_tokens + tokens, fade * all_seconds + seconds
+        self._sums[power_of_two(rows)] = steps + 1, fade * all_tokens + tokens, fade * all_taken + plain_steps
 
-    def value(self, rows: int) -> float | None:
-        """Tokens per second at about `rows` running rows, once a few steps have shown it."""
-        steps, tokens, seconds = self._sums.get(power_of_two(rows), (0, 0.0, 0.0))
-        return tokens / seconds if steps >= WARM_STEPS else None
+    def value(self, rows: int, plain_s: float) -> float | None:
+        """Tokens per second at about `rows` running rows, where a plain step takes `plain_s`; after a few steps."""
+        steps, tokens, taken = self._sums.get(power_of_two(rows), (0, 0.0, 0.0))
+        return tokens / taken / plain_s if steps >= WARM_STEPS else None
 
 
 def _binomial(num: int, share: float) -> NDArray[np.float64]:

@@ -124,6 +124,7 @@ def main() -> None:
     options.add_argument("--modes", default=",".join(MODES))
     options.add_argument("--max-tokens", type=int, default=96)
     options.add_argument("--turns", type=int, default=3, help="turns of each mode, of which the median counts")
+    options.add_argument("--learning", type=int, default=2, help="turns of auto before all others, as in a longer job")
     options.add_argument("--json", type=Path)
     args = options.parse_args()
 
@@ -139,6 +140,8 @@ def main() -> None:
             speed = statistics.harmonic_mean([run["tokens_per_s"] for run in runs])
             return {name: statistics.fmean(run[name] for run in runs) for name in runs[0]} | {"tokens_per_s": speed}
 
+        for _ in range(args.learning if "auto" in args.modes else 0):
+            turn("auto")
         results += interleave(turn, args.modes.split(","), args.turns, rows=rows)
     write(args.json, results, args, args.device)
 

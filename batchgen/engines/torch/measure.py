@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from typing import TYPE_CHECKING
 
@@ -25,9 +26,9 @@ if TYPE_CHECKING:
 _GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 # Context of each row for the grid, and the longer one that tells what context costs.
 _SHORT, _LONG = 64, 512
-# Prompt tokens that the head catches up on. To go on with the slope of the last points of the grid would not do: of two
-# durations that differ by a few milliseconds noise takes a third.
-_CATCH_UP = 512
+# Prompt tokens that the head catches up on, and of each prompt. To go on with the slope of the last points of the grid
+# would not do: of two durations that differ by a few milliseconds noise takes a third.
+_CATCH_UP, _PROMPT = 512, 128
 # Levels of which one is the mean.
 _LEVELS = 3
 
@@ -46,14 +47,17 @@ def measure(target: Target, draft: Draft, batch_size: int) -> Costs:
     blank = torch.zeros(0, dtype=target.dtype, device=target.device)
     grid = [n for n in _GRID if n <= min(max(64, 4 * batch_size), batch_size * MAX_NODES)]
 
-    def verify(tokens: int, context: int) -> None:
+    def verify(tokens: int, context: int, spread: Callable[[int, int], list[int]] = _spent) -> None:
         ids = torch.arange(tokens, device=target.device)
-        layout = _layout(target.layout, _spent(tokens, batch_size), context)
+        layout = _layout(target.layout, spread(tokens, batch_size), context)
         target.verify(ids, layout, pool)[2].argmax(-1).tolist()
 
     def extend(tokens: int, context: int) -> None:
         if tokens > grid[-1]:
-            layout = draft.layout([], [Span(0, tokens, 0, 0)])
+            prompts = min(batch_size, tokens // _PROMPT)
+            ends = [round(tokens * i / prompts) for i in range(prompts + 1)]
+            spans = [Span(start, stop, slot, 0) for slot, (start, stop) in enumerate(itertools.pairwise(ends))]
+            layout = draft.layout([], spans)
         else:
             layout = _layout(draft.layout, _evenly(tokens, batch_size), context)
         features = blank.new_zeros(tokens, draft.feature_width)
@@ -66,24 +70,41 @@ def measure(target: Target, draft: Draft, batch_size: int) -> Costs:
         shape = forest.Shape(depth, tokens // rows, MAX_NODES - 1, children=CHILDREN)
         forest.grow(draft, draft_pool, range(rows), state, [context] * rows, shape).on_host()
 
-    def table(run: Callable[[int, int], None], more: Sequence[int] = ()) -> Table:
-        points = _points([*grid, *more], batch_size)
-        return _table(points, _seconds(run, points), batch_size)
+    def after_target() -> None:
+        # As in a step: by then the target's weights have taken the place of the head's in the caches.
+        verify(1, _SHORT)
+
+    def table(run: Callable[[int, int], None], before: Callable[[], None], more: Sequence[int] = ()) -> Table:
+        points = _points([*(grid if run is verify else grid[::2]), *more], batch_size)
+        return _table(points, _seconds(run, points, before), batch_size)
 
     def levels() -> Table:
         # A level takes longer than the head's pass in it: its children are ranked, and the next level laid out.
-        points = _points([n for n in grid if n <= 4 * batch_size and n % min(n, batch_size) == 0], batch_size)
+        points = _points([n for n in grid[::2] if n <= 4 * batch_size and n % min(n, batch_size) == 0], batch_size)
         depths = (1, 1 + _LEVELS)
-        seconds = _seconds(grow, [(*point, depth) for point in points for depth in depths])
+        seconds = _seconds(grow, [(*point, depth) for point in points for depth in depths], after_target)
         pairs = zip(seconds[::2], seconds[1::2], strict=True)
         return _table(points, [(deep - shallow) / _LEVELS for shallow, deep in pairs], batch_size)
 
     catch_up = [_CATCH_UP] if grid[-1] < _CATCH_UP else []
-    costs = Costs(verify=table(verify), level=levels(), extend=table(extend, catch_up), fixed=0.0)
+    costs = Costs(
+        verify=table(verify, lambda: None),
+        level=levels(),
+        extend=table(extend, after_target, catch_up),
+        fixed=0.0,
+        even=_even(verify, batch_size) if batch_size > 1 else 1.0,
+    )
     if target.device.type == "cuda":
         del pool, draft_pool
         torch.cuda.empty_cache()  # or the job would take these pools' memory for used
     return costs
+
+
+def _even(verify: Callable[..., None], batch_size: int) -> float:
+    """Seconds of a pass over rows of two nodes each, as a share of one over uneven rows."""
+    ways = (_spent, _evenly)
+    uneven_s, even_s = _seconds(lambda way: verify(2 * batch_size, _SHORT, ways[way]), [(0,), (1,)], lambda: None)
+    return min(1.0, even_s / uneven_s)
 
 
 def _points(grid: Sequence[int], batch_size: int) -> list[tuple[int, int]]:
@@ -128,15 +149,16 @@ def _layout(lay: Callable[..., Layout], counts: Sequence[int], context: int) -> 
     return layout
 
 
-def _seconds(run: Callable[..., None], points: Sequence[tuple[int, ...]]) -> list[float]:
-    """The fastest of five at each point, after one that pays for first use.
+def _seconds(run: Callable[..., None], points: Sequence[tuple[int, ...]], before: Callable[[], None]) -> list[float]:
+    """The fastest of three at each point, each after `before`; and after one that pays for first use.
 
     Points take turns: what counts is how they differ, and a machine's speed drifts.
     """
     taken = []
-    for _ in range(6):
+    for _ in range(4):
         turn = []
         for point in points:
+            before()
             began = time.perf_counter()
             run(*point)
             turn.append(time.perf_counter() - began)

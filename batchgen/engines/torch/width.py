@@ -17,6 +17,7 @@ from batchgen.engines.torch import forest
 from batchgen.engines.torch.forest import Candidates, Shape
 from batchgen.speculation import budget
 from batchgen.speculation.calibration import Calibration
+from batchgen.speculation.costs import RATE
 from batchgen.speculation.schedule import CHILDREN, PLAIN, SHAPES, STOPPING, Draft, Schedule, Throughput
 from batchgen_kernels.tree_attention import MAX_NODES
 
@@ -103,6 +104,10 @@ class FixedTree:
         return {}
 
 
+# Nodes of each row that are tried as even trees.
+MOST_EVEN = 3
+
+
 class AutoTree:
     """The tree that pays: one budget over all rows, set anew in every step from measured costs.
 
@@ -116,14 +121,14 @@ class AutoTree:
         self._calibration = Calibration()
         self._schedule = Schedule(costs, SHAPES + STOPPING if stops_early else SHAPES)
         self._throughput = Throughput()
-        self._exploring = False
+        self._exploring = self._even = False
         self._expected = 0.0
         self._num_steps = self._num_drafting = self._num_nodes = self._num_roots = self._num_tokens = 0
         self._forecast = 0.0
 
     def plan(self, ahead: Ahead) -> tuple[Shape, Sequence[int]] | None:
         """See `Width`."""
-        self._expected = float(ahead.rows)
+        self._expected, self._even = float(ahead.rows), False
         plan = self._schedule.next(ahead)
         self._exploring = plan.explores
         if plan.draft == PLAIN:
@@ -152,6 +157,7 @@ class AutoTree:
         if self._exploring:
             self._schedule.record(value, score, parent, depth, shape.width)
         rows, levels = ahead.rows, candidates.level_tokens(shape)
+        throughput = self._throughput.value(rows, self._unit_s(rows, ahead.context))
         kept = budget.select(
             path,
             num_roots=rows,
@@ -160,10 +166,28 @@ class AutoTree:
             cost=lambda nodes: np.asarray(
                 self.costs.step(rows=rows, extend_tokens=rows, level_tokens=levels, nodes=nodes, context=ahead.context)
             ),
-            throughput=self._throughput.value(rows),
+            throughput=throughput,
         )
+        if throughput is not None and self.costs.even < 1.0 and len(path) == rows:
+            kept = self._evened(path, kept, throughput, ahead.context)
         self._expected += float(path[kept].sum())
         return torch.from_numpy(kept)
+
+    def _evened(
+        self, path: NDArray[np.float32], uneven: NDArray[np.bool_], throughput: float, context: int
+    ) -> NDArray[np.bool_]:
+        """`uneven`, or as many nodes of each row where that is worth more: rows that are alike make a faster pass."""
+        best, rows = uneven, len(path)
+        gain = float(path[uneven].sum()) - throughput * self.costs.verify(rows + int(uneven.sum()), context)
+        for num_nodes in range(1, MOST_EVEN + 1):
+            chosen = budget.even(path, num_nodes)
+            if chosen is None:
+                break
+            seconds = self.costs.even * self.costs.verify(rows * (1 + num_nodes), context)
+            found = float(path[chosen].sum()) - throughput * seconds
+            if found > gain:
+                best, gain, self._even = chosen, found, True
+        return best
 
     def spent(self, step: Step, reached: Sequence[tuple[int, int, float]]) -> None:
         """See `Width`."""
@@ -183,30 +207,37 @@ class AutoTree:
                     self._schedule.revalue()
         # What a second is worth must be told by the clock that nodes are priced by: with costs that are all a third too
         # high, and tokens per real second, hardly a node would seem worth its price.
-        seconds = float(self.costs.verify(step.nodes, step.context)) + self._refine_draft(step)
-        self._throughput.seen(step.rows, step.tokens, seconds)
+        extend_s, levels_s = self._drafting_s(step)
+        verify_s = float(self.costs.verify(step.nodes, step.context)) * (self.costs.even if self._even else 1.0)
+        seconds = verify_s + extend_s + sum(levels_s)
+        self._throughput.seen(step.rows, step.tokens, seconds / self._unit_s(step.rows, step.context))
         taken = step.draft_s + step.verify_s
         self._schedule.spent(taken)
+        if self._exploring:  # its trees are like no others, and take longer
+            return
+        if drafted is not None:
+            ratio = step.draft_s / (extend_s + sum(levels_s))
+            self.costs.extend.refine(drafted.extend_tokens, step.context, extend_s * ratio, RATE)
+            if levels_s:
+                tokens = drafted.candidates.level_tokens(drafted.shape)[0]
+                self.costs.level.refine(tokens, step.context, levels_s[0] * ratio, RATE)
         if step.mixed:  # its seconds are the prompts' as well
             return
-        if not self._exploring:
-            draft = PLAIN if drafted is None else Draft(drafted.shape.depth, drafted.shape.width, drafted.shape.floor)
-            self._schedule.timed(draft, step.tokens, taken)
-        self.costs.refine_verify(step.nodes, step.context, step.verify_s)
+        draft = PLAIN if drafted is None else Draft(drafted.shape.depth, drafted.shape.width, drafted.shape.floor)
+        self._schedule.timed(draft, step.tokens, taken)
+        self.costs.refine_verify(step.nodes, step.context, step.verify_s, even=self._even)
 
-    def _refine_draft(self, step: Step) -> float:
-        """Learn what drafting took; returns the seconds that were expected."""
-        drafted = step.drafted
-        if drafted is None:
-            return 0.0
-        levels = drafted.candidates.level_tokens(drafted.shape)
-        extend = float(self.costs.extend(drafted.extend_tokens, step.context))
-        each = [float(self.costs.level(tokens, step.context)) for tokens in levels]
-        ratio = step.draft_s / (extend + sum(each))
-        self.costs.extend.refine(drafted.extend_tokens, step.context, extend * ratio)
-        if levels:
-            self.costs.level.refine(levels[0], step.context, each[0] * ratio)
-        return extend + sum(each)
+    def _unit_s(self, rows: int, context: int) -> float:
+        """Seconds of a plain step as it is priced now; the clock changes with the machine's speed."""
+        return float(self.costs.verify(rows, context))
+
+    def _drafting_s(self, step: Step) -> tuple[float, list[float]]:
+        """What the head's catch-up and each level of a step should have taken."""
+        if step.drafted is None:
+            return 0.0, []
+        tokens = step.drafted.candidates.level_tokens(step.drafted.shape)
+        levels = [float(self.costs.level(num, step.context)) for num in tokens]
+        return float(self.costs.extend(step.drafted.extend_tokens, step.context)), levels
 
     def report(self) -> dict[str, Any]:
         """See `Width`; `expected_tokens` and `tokens` are per decoding step of all rows."""
