@@ -121,10 +121,10 @@ PLAIN = Draft(0, 0)
 _NOTHING = Promise(PLAIN, MARGIN)
 # Of equals the first is taken, so cheap ones stand first. At depth 1 nothing is expanded.
 SHAPES = (PLAIN, Draft(1, 1), *(Draft(depth, width) for width in (1, 2, 4) for depth in range(2, 7)))
-# Further ones, for where each level is seen before the next is drafted; and rows with which they are of use. Of more
-# rows some nearly always go on, and the head takes as long for a few as for them all.
+# Further ones, for where each level is seen before the next is drafted, and how many rows they are for. Of more
+# rows one nearly always goes on, and the head takes about as long for it as for them all.
 STOPPING = tuple(Draft(6, width, floor) for width in (1, 2) for floor in (0.2, 0.35, 0.5, 0.7))
-STOPPING_ROWS = 4
+STOPPING_ROWS = 2
 
 
 class Schedule:

@@ -6,7 +6,7 @@ The head drafts a wide tree for every row, its likeliest nodes are verified, and
 and rank. From that and from the measured costs of passes follow, for every number of rows, as multiples of plain
 decoding:
 
-    oracle    the best shape of drafts, of which only nodes that will be accepted are verified
+    oracle    the best shape of drafts, in which rows are drafted only as deep, and nodes verified, as will be accepted
     perfect   the best depth of chains of a head that is always right
     needed    the share of right chains of one token at which drafting them for all rows breaks even
     drained   the job of drained.py, if its prompts are read as in plain decoding, some beside every step, and a step of
@@ -34,7 +34,7 @@ from batchgen.engines.torch.engine import TorchEngine
 from batchgen.engines.torch.forest import Shape
 from batchgen.engines.torch.measure import measure
 from batchgen.engines.torch.width import FixedTree
-from batchgen.speculation.schedule import PLAIN, SHAPES, Draft
+from batchgen.speculation.schedule import CHILDREN, PLAIN, SHAPES, Draft
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,38 +67,48 @@ class Watch(FixedTree):
 
 
 def kept(ranks: list[list[int]], depth: int, width: int) -> float:
-    """Tokens accepted a step by trees of `depth` and `width`, root excluded."""
+    """Tokens accepted a step by trees of `depth` that expand `width` nodes of each level, root excluded."""
     lengths = []
     for row in ranks:
-        within = [rank < width for rank in row[:depth]]
-        lengths.append(within.index(False) if False in within else len(within))
+        within = [rank < CHILDREN for rank in row[:depth]]
+        ends = [rank >= width for rank in row[: len(within)]]  # a candidate, but not expanded
+        most = min(ends.index(True) + 1 if True in ends else len(ends), depth)
+        lengths.append(within[:most].index(False) if False in within[:most] else most)
     return float(np.mean(lengths))
 
 
-def seconds(costs: Costs, rows: int, tokens: float, shape: Draft, context: int) -> float:
-    """A step that verifies just the `tokens` that it gives."""
+def seconds(costs: Costs, rows: int, tokens: float, shape: Draft, context: int, going_on: Sequence[float]) -> float:
+    """A step that verifies just the `tokens` that it gives; of its rows a share is `going_on` below each level."""
     if shape == PLAIN:
         return costs.verify(rows, context)
-    drafting = float(costs.level(np.array(shape.level_tokens(rows)), context).sum()) + costs.extend(tokens, context)
+    drafting = costs.extend(tokens, context)
+    for share in going_on:
+        some = 1 - (1 - share) ** rows  # how likely a level is drafted at all
+        drafting += some * costs.level(shape.width * rows * share / some, context) if some > 0 else 0.0
     return float(costs.verify(tokens, context)) + drafting
 
 
 def limits(costs: Costs, ranks: list[list[int]], rows: int, context: int) -> dict[str, float]:
     """See the top of this file."""
-    plain = seconds(costs, rows, rows, PLAIN, context)
+    plain = seconds(costs, rows, rows, PLAIN, context, [])
 
-    def ratio(accepted: float, shape: Draft) -> float:
+    def ratio(accepted: float, shape: Draft, going_on: Sequence[float]) -> float:
         tokens = rows * (1 + accepted)
-        return tokens / rows * plain / seconds(costs, rows, tokens, shape, context)
+        return tokens / rows * plain / seconds(costs, rows, tokens, shape, context, going_on)
 
-    drafts = [shape for shape in SHAPES if shape != PLAIN]
-    oracle = max(drafts, key=lambda shape: ratio(kept(ranks, shape.depth, shape.width), shape))
+    def best(shape: Draft) -> float:
+        by_depth = [kept(ranks, depth, shape.width) for depth in range(shape.depth + 1)]
+        # Below level L goes who will be accepted there.
+        going_on = [after - before for before, after in itertools.pairwise(by_depth)][1:]
+        return ratio(by_depth[-1], shape, going_on)
+
+    oracle = max((shape for shape in SHAPES if shape != PLAIN), key=best)
     one = float(costs.verify(2 * rows, context)) + costs.extend(2 * rows, context)
     return {
-        "oracle": round(ratio(kept(ranks, oracle.depth, oracle.width), oracle), 3),
+        "oracle": round(best(oracle), 3),
         "oracle_depth": oracle.depth,
         "oracle_width": oracle.width,
-        "perfect": round(max(ratio(depth, Draft(depth, 1)) for depth in range(1, 7)), 3),
+        "perfect": round(max(ratio(depth, Draft(depth, 1), [1.0] * (depth - 1)) for depth in range(1, 7)), 3),
         "needed": round(one / plain - 1, 3),
     }
 

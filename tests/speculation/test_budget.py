@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchgen.speculation.budget import best_ratio, select
+from batchgen.speculation.budget import best_ratio, even, select
 
 # Acceptances from a coarse grid, for ties; 1 is the tie of a child with its parent, 0 what may not be used.
 ACCEPTANCE = st.sampled_from([0.0, 0.25, 0.5, 0.5, 1.0, 1.0])
@@ -74,6 +74,19 @@ def test_parents_come_with_their_children_and_every_bound_holds(forest, cost, th
         assert packed <= max(sizes)
     elif sizes:
         assert packed == num_rows
+
+
+@given(forests(), st.integers(1, 4))
+def test_even_trees_are_of_each_rows_likeliest_nodes(forest, num_nodes):
+    path, parent = forest
+    chosen = even(path, num_nodes)
+    if chosen is None:
+        assert (np.count_nonzero(path, axis=1) < num_nodes).any()
+        return
+    assert closed(chosen, parent)
+    assert (chosen.sum(1) == num_nodes).all()
+    likeliest = -np.sort(-path, axis=1)[:, :num_nodes]
+    assert path[chosen].reshape(len(path), -1).sum(1) == pytest.approx(likeliest.sum(1))
 
 
 @given(forests(), stairs, throughputs)
