@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from batchgen.speculation.schedule import Draft
 
 # Steps that stand for promises kept before anything was seen; of few rows more, since one row gives a token or five.
-TRUSTED_STEPS, TRUSTED_ROWS = 8, 64
+TRUSTED_STEPS, TRUSTED_ROWS = 24, 64
 # How many times as many steps are remembered. What trying again may cost is in the inverse of it.
-MEMORY = 32
+MEMORY = 16
 # The power of what all shapes proved worth that one which was hardly used is taken for: 1 would never try it where a
 # likelier one disappointed, and at 0.5 sixteen of them were tried one after the other.
 TAKEN_FOR = 0.75

@@ -66,11 +66,11 @@ class Watch(FixedTree):
         self.ranks += found
 
 
-def kept(ranks: list[list[int]], depth: int, width: int) -> float:
+def kept(ranks: list[list[int]], depth: int, width: int, children: int = CHILDREN) -> float:
     """Tokens accepted a step by trees of `depth` that expand `width` nodes of each level, root excluded."""
     lengths = []
     for row in ranks:
-        within = [rank < CHILDREN for rank in row[:depth]]
+        within = [rank < children for rank in row[:depth]]
         ends = [rank >= width for rank in row[: len(within)]]  # a candidate, but not expanded
         most = min(ends.index(True) + 1 if True in ends else len(ends), depth)
         lengths.append(within[:most].index(False) if False in within[:most] else most)
@@ -151,7 +151,7 @@ def main() -> None:
         engine.submit(request)
     while engine.unfinished:
         engine.step()
-    chain = [kept(watch.ranks, depth, 1) for depth in range(WIDEST.depth + 1)]
+    chain = [kept(watch.ranks, depth, 1, 1) for depth in range(WIDEST.depth + 1)]
     reached = [1.0, *(after - before for before, after in itertools.pairwise(chain))]
     by_depth = [round(after / before, 3) for before, after in itertools.pairwise(reached) if before > 0]
     results: list[dict[str, object]] = [
