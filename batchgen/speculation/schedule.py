@@ -9,8 +9,8 @@ shape keeps, and on the prompts of rows that arrive. After plain steps far more 
 only at itself would never draft again. That debt is paid once, so a shape bears a share of it, as if it were repaid
 over `REPAY_STEPS` steps, or over fewer where the rows that owe it end before.
 
-Where each level is seen before the next is drafted, there are shapes that stop by themselves: `hindsight` tells how many
-rows would have gone on.
+Where each level is seen before the next is drafted, there are shapes that stop by themselves: `hindsight` tells how
+many rows would have gone on.
 
 What a shape promises is taken for as much as promises proved worth (`outcomes`), and must still be a little more than
 a plain step. While drafting pays little, a plain step is taken now and then to compare with.
