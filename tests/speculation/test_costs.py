@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -110,10 +111,11 @@ def test_costs_come_back_as_saved_beside_those_of_whole_runs(tmp_path):
     folder = tmp_path / "new" / "folder"
     assert costs.load_costs(folder, "key") is None
     costs.save(folder, "key", Cost(1.0, 2.0, 3))
-    costs.save_costs(folder, "key", PASSES)
+    costs.save_costs(folder, "key", dataclasses.replace(PASSES, even=0.9))
     found = costs.load_costs(folder, "key")
     step = {"rows": 3, "extend_tokens": 5, "level_tokens": [3, 6], "nodes": 20, "context": 1000}
     assert found.step(**step) == PASSES.step(**step)
+    assert found.even == 0.9
     assert costs.load(folder, "key") == Cost(1.0, 2.0, 3)
     assert len(list(folder.iterdir())) == 2, "nothing temporary is left"
 
@@ -129,3 +131,11 @@ def test_a_damaged_file_is_no_file(tmp_path, damage):
     assert costs.load_costs(tmp_path, "key") is None
     file.write_text(json.dumps({name: {"tokens": [1], "seconds": [1]} for name in ("verify", "level", "extend")}))
     assert costs.load_costs(tmp_path, "key") is None, "fixed is missing"
+
+
+def test_an_even_pass_teaches_what_uneven_ones_cost():
+    for even, moved in ((0.5, 1.0), (1.0, 0.5)):
+        passes = Costs(Table([8], [2.0]), Table([8], [0.1]), Table([8], [0.1]), 0.0, even=even)
+        for _ in range(100):
+            passes.refine_verify(8, 0, 1.0, even=True)
+        assert passes.verify(8) == pytest.approx(2.0 * moved)

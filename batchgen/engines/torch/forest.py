@@ -154,8 +154,8 @@ def grow(
     bits = (1 << place).expand(num_rows, -1)
     alive = torch.arange(num_rows, device=state.device)
     stops = accepted if shape.floor > 0.0 else None
-    likely = best_likely = stops(found[0], alive) if stops else score
-    best_likely = best_likely[:, :width]
+    likely = stops(found[0], alive) if stops else score
+    best_likely = likely[:, :width]
     for level in range(1, shape.depth):
         if stops:
             going = (likely.amax(1) >= shape.floor).nonzero().view(-1)

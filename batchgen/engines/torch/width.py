@@ -89,8 +89,8 @@ class FixedTree:
         return (dataclasses.replace(self._shape, depth=depth), range(ahead.rows)) if depth > 0 else None
 
     def accepted(self, level: Candidates, caps: torch.Tensor) -> torch.Tensor:
-        """See `Width`."""
-        raise NotImplementedError("a fixed tree has no floor")
+        """The head's own word: what a fixed tree does not learn, it does not correct."""
+        return level.logp.exp()
 
     def keep(self, candidates: Candidates, caps: torch.Tensor, shape: Shape, ahead: Ahead) -> torch.Tensor:
         """See `Width`."""
@@ -121,14 +121,16 @@ class AutoTree:
         self._calibration = Calibration()
         self._schedule = Schedule(costs, SHAPES + STOPPING if stops_early else SHAPES)
         self._throughput = Throughput()
+        # Of the step that was planned last: whether it explores, has even trees, and the tokens of the head's passes.
         self._exploring = self._even = False
+        self._levels: list[int] = []
         self._expected = 0.0
         self._num_steps = self._num_drafting = self._num_nodes = self._num_roots = self._num_tokens = 0
         self._forecast = 0.0
 
     def plan(self, ahead: Ahead) -> tuple[Shape, Sequence[int]] | None:
         """See `Width`."""
-        self._expected, self._even = float(ahead.rows), False
+        self._expected, self._even, self._levels = float(ahead.rows), False, []
         plan = self._schedule.next(ahead)
         self._exploring = plan.explores
         if plan.draft == PLAIN:
@@ -156,7 +158,7 @@ class AutoTree:
         path = value()
         if self._exploring:
             self._schedule.record(value, score, parent, depth, shape.width)
-        rows, levels = ahead.rows, candidates.level_tokens(shape)
+        rows, self._levels = ahead.rows, candidates.level_tokens(shape)
         throughput = self._throughput.value(rows, self._unit_s(rows, ahead.context))
         kept = budget.select(
             path,
@@ -164,7 +166,9 @@ class AutoTree:
             row_caps=np.full(len(path), shape.nodes) if path.shape[1] > shape.nodes else None,
             sizes=self._sizes,
             cost=lambda nodes: np.asarray(
-                self.costs.step(rows=rows, extend_tokens=rows, level_tokens=levels, nodes=nodes, context=ahead.context)
+                self.costs.step(
+                    rows=rows, extend_tokens=rows, level_tokens=self._levels, nodes=nodes, context=ahead.context
+                )
             ),
             throughput=throughput,
         )
@@ -207,7 +211,8 @@ class AutoTree:
                     self._schedule.revalue()
         # What a second is worth must be told by the clock that nodes are priced by: with costs that are all a third too
         # high, and tokens per real second, hardly a node would seem worth its price.
-        extend_s, levels_s = self._drafting_s(step)
+        extend_s = self.costs.extend(drafted.extend_tokens, step.context) if drafted is not None else 0.0
+        levels_s = [self.costs.level(tokens, step.context) for tokens in self._levels]
         verify_s = float(self.costs.verify(step.nodes, step.context)) * (self.costs.even if self._even else 1.0)
         seconds = verify_s + extend_s + sum(levels_s)
         self._throughput.seen(step.rows, step.tokens, seconds / self._unit_s(step.rows, step.context))
@@ -219,8 +224,7 @@ class AutoTree:
             ratio = step.draft_s / (extend_s + sum(levels_s))
             self.costs.extend.refine(drafted.extend_tokens, step.context, extend_s * ratio, RATE)
             if levels_s:
-                tokens = drafted.candidates.level_tokens(drafted.shape)[0]
-                self.costs.level.refine(tokens, step.context, levels_s[0] * ratio, RATE)
+                self.costs.level.refine(self._levels[0], step.context, levels_s[0] * ratio, RATE)
         if step.mixed:  # its seconds are the prompts' as well
             return
         draft = PLAIN if drafted is None else Draft(drafted.shape.depth, drafted.shape.width, drafted.shape.floor)
@@ -230,14 +234,6 @@ class AutoTree:
     def _unit_s(self, rows: int, context: int) -> float:
         """Seconds of a plain step as it is priced now; the clock changes with the machine's speed."""
         return float(self.costs.verify(rows, context))
-
-    def _drafting_s(self, step: Step) -> tuple[float, list[float]]:
-        """What the head's catch-up and each level of a step should have taken."""
-        if step.drafted is None:
-            return 0.0, []
-        tokens = step.drafted.candidates.level_tokens(step.drafted.shape)
-        levels = [float(self.costs.level(num, step.context)) for num in tokens]
-        return float(self.costs.extend(step.drafted.extend_tokens, step.context)), levels
 
     def report(self) -> dict[str, Any]:
         """See `Width`; `expected_tokens` and `tokens` are per decoding step of all rows."""

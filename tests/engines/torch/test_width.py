@@ -62,19 +62,11 @@ class Watched(TorchEngine):
         return drafted, trees
 
 
-class Stopping(Idle):
-    """Drafts rows no deeper whose likeliest path is unlikely by the head's own word."""
-
-    def accepted(self, level, caps):
-        return level.logp.exp()
-
-
 def test_rows_that_are_unlikely_to_go_on_are_drafted_no_deeper(bench, prompts):
     """Whatever is drafted is what would be without a floor, and nothing else is missing than what lies below one."""
     shape, floor = Shape(4, 2, 20, children=3), 0.3
     every, stopped = (
-        bench.engine(width, 4, kind=Watched)
-        for width in (Idle(shape), Stopping(dataclasses.replace(shape, floor=floor)))
+        bench.engine(width, 4, kind=Watched) for width in (Idle(shape), Idle(dataclasses.replace(shape, floor=floor)))
     )
     for engine in (every, stopped):
         bench.run(engine, prompts[:4], GREEDY)
@@ -113,6 +105,31 @@ def test_tokens_do_not_depend_on_what_the_budget_decides(bench, prompts, plain, 
     report = width.report()
     assert report["calibration"]["nodes"] > num_prompts
     assert report["expected_tokens_per_step"] == pytest.approx(report["tokens_per_step"], rel=0.3)
+
+
+class Counting(AutoTree):
+    """Remembers the rows and nodes of steps that drafted and did not explore; they take what they should."""
+
+    def __init__(self, costs: Costs) -> None:
+        super().__init__(costs)
+        self.sizes: list[tuple[int, int]] = []
+
+    def spent(self, step, reached):
+        if step.drafted is not None and step.drafted.shape.width < 4:
+            self.sizes.append((step.rows, step.nodes))
+        super().spent(dataclasses.replace(step, verify_s=self.costs.verify(step.nodes, step.context)), reached)
+
+
+def test_rows_verify_as_many_nodes_each_where_that_makes_the_faster_pass(bench, prompts):
+    shares = []
+    for even in (1.0, 0.5):
+        width = Counting(dataclasses.replace(costs(a_node=0.002), even=even))
+        bench.run(bench.engine(width, 8), prompts[:8], Sampling(max_tokens=40))
+        alike = [nodes > rows and nodes % rows == 0 for rows, nodes in width.sizes if rows > 4]
+        shares.append(sum(alike) / len(alike))
+    few, most = shares
+    assert few < 0.5
+    assert most > 0.8
 
 
 def test_nothing_is_drafted_where_a_node_costs_more_than_it_brings(bench, prompts):
