@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+# Nodes of each row that are tried as even trees.
+MOST_EVEN = 3
+
+
 def select(
     path: NDArray[np.float32],
     *,

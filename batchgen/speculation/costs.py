@@ -133,14 +133,18 @@ class Costs:
         for other in (self.level, self.extend):
             other.scale(drift)
 
-    def step(self, *, rows: int, extend_tokens: M, level_tokens: Sequence[int], nodes: N, context: int) -> N:
+    def step(
+        self, *, rows: int, extend_tokens: M, level_tokens: Sequence[int], nodes: N, context: int, even: bool = False
+    ) -> N:
         """Seconds of a step that verifies `nodes`, the `rows` roots among them, or of one step for each count.
 
-        `extend_tokens` may be an array only with `nodes`; 0 of them and no `level_tokens` make a plain step.
+        `extend_tokens` may be an array only with `nodes`; 0 of them and no `level_tokens` make a plain step. `even`:
+        of rows that have as many nodes each.
         """
         assert np.min(nodes) >= rows, "every row verifies at least its root"
         levels = float(self.level(np.array(level_tokens), context).sum())
-        seconds: Any = self.extend(extend_tokens, context) + levels + self.verify(nodes, context) + self.fixed
+        verify = self.verify(nodes, context) * (self.even if even else 1.0)
+        seconds: Any = self.extend(extend_tokens, context) + levels + verify + self.fixed
         return cast("N", seconds)
 
 

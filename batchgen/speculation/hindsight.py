@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from batchgen.speculation.budget import MOST_EVEN
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -53,6 +55,13 @@ class _Alike:
         levels = {w: np.maximum.reduceat(np.where(had, value, 0), starts, axis=1) for w, had in found.items()}
         return _Alike(value, depth, found, {width: np.concatenate([root, best], 1) for width, best in levels.items()})
 
+    def drafted(self, depth: int, width: int, floor: float) -> NDArray[np.bool_]:
+        """Which candidates [B, P] are of use in drafts of this shape."""
+        drafted: NDArray[np.bool_] = self.found[width] & (self.depth <= depth) & (self.value > 0)
+        if floor > 0.0:
+            drafted &= (self.likeliest[width] >= floor)[:, self.depth - 1]
+        return drafted
+
 
 class Hindsight:
     """The newest drafted rows, `KEPT_ROWS` or a draft more, as beams of the given `widths` would have drafted them.
@@ -65,6 +74,7 @@ class Hindsight:
         self._drafts: collections.deque[_Draft] = collections.deque()
         self._valued: list[_Alike] = []
         self._falling: dict[tuple[int, int, float], NDArray[np.float64]] = {}
+        self._even: dict[tuple[int, int, float], NDArray[np.float64]] = {}
         self.num_rows = 0
 
     @property
@@ -87,6 +97,7 @@ class Hindsight:
         """Value all drafts anew when they are looked at next."""
         self._valued.clear()
         self._falling.clear()
+        self._even.clear()
 
     def tokens(
         self, depth: int, width: int, rows: int, floor: float = 0.0
@@ -96,12 +107,7 @@ class Hindsight:
         Counts are 0, 1, .. likeliest nodes beyond the roots, up to all that were drafted; of many, evenly spread ones.
         """
         if (depth, width, floor) not in self._falling:
-            path = []
-            for alike in self._all():
-                drafted = alike.found[width] & (alike.depth <= depth) & (alike.value > 0)
-                if floor > 0.0:
-                    drafted &= (alike.likeliest[width] >= floor)[:, alike.depth - 1]
-                path.append(alike.value[drafted].astype(np.float64))
+            path = [each.value[each.drafted(depth, width, floor)].astype(np.float64) for each in self._all()]
             falling = np.cumsum(np.sort(np.concatenate(path))[::-1])
             self._falling[depth, width, floor] = np.concatenate([[0.0], falling])
         kept = self._falling[depth, width, floor]
@@ -109,6 +115,19 @@ class Hindsight:
         most = int(np.ceil((len(kept) - 1) * scale))
         nodes = np.linspace(0, most, min(most, GRID) + 1).round().astype(np.intp)
         return rows + nodes, rows + scale * np.interp(nodes / scale, np.arange(len(kept)), kept)
+
+    def even_tokens(
+        self, depth: int, width: int, rows: int, floor: float = 0.0
+    ) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+        """The same where as many nodes of each row are verified: 1, 2, .. `MOST_EVEN` likeliest ones."""
+        if (depth, width, floor) not in self._even:
+            kept = np.zeros(MOST_EVEN)
+            for alike in self._all():
+                path = np.where(alike.drafted(depth, width, floor), alike.value, 0.0)
+                likeliest = np.sort(path, axis=1)[:, : -MOST_EVEN - 1 : -1].sum(0)
+                kept[: len(likeliest)] += likeliest
+            self._even[depth, width, floor] = 1.0 + kept.cumsum() / self.num_rows
+        return rows * np.arange(2, MOST_EVEN + 2), rows * self._even[depth, width, floor]
 
     def going_on(self, depth: int, width: int, floor: float) -> list[float]:
         """The share of all rows that is drafted below level 1, below level 2, .. to `depth`."""

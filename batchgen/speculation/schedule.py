@@ -267,12 +267,18 @@ class Schedule:
         return usual + [dataclasses.replace(shape, depth=min(shape.depth, max_depth)) for shape in stopping]
 
     def _promise(self, shape: Draft, ahead: Ahead) -> Promise:
-        """What `shape` promises with the best number of verified nodes."""
+        """What `shape` promises with the best number of verified nodes, in uneven trees or in even ones."""
         rows, context, extend = ahead.rows, ahead.context, self._costs.extend
-        nodes, tokens = self._seen.tokens(shape.depth, shape.width, rows, shape.floor)
+        ways = [(False, *self._seen.tokens(shape.depth, shape.width, rows, shape.floor))]
+        if rows > 1 and self._costs.even < 1.0:
+            ways.append((True, *self._seen.even_tokens(shape.depth, shape.width, rows, shape.floor)))
+        tokens = np.concatenate([found for _, _, found in ways])
         fed = tokens + rows * self._arriving
-        step = self._costs.step(rows=rows, extend_tokens=fed, level_tokens=[], nodes=nodes, context=context)
-        step = step + self._levels_s(shape, rows, context)
+        verify = [
+            self._costs.step(rows=rows, extend_tokens=0, level_tokens=[], nodes=nodes, context=context, even=even)
+            for even, nodes, _ in ways
+        ]
+        step = np.concatenate(verify) + extend(fed, context) + self._levels_s(shape, rows, context)
         debt = np.maximum(extend(sum(ahead.pending), context) - extend(fed, context), 0.0)
         repaying = step + debt / np.clip(_left(ahead) * rows / tokens, 1, REPAY_STEPS)
         plain_steps = tokens / rows * self._plain_s(ahead) * self._outcomes.slower(rows)

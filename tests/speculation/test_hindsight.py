@@ -89,6 +89,21 @@ def test_the_likeliest_nodes_of_all_rows_come_first(depth, width):
     assert tokens == pytest.approx(5 + np.cumsum([0, *falling]))
 
 
+@given(st.integers(0, 10**6), st.sampled_from([1, 2, 4]), st.integers(1, 3), st.just(0.0) | st.floats(0.01, 0.9))
+def test_even_trees_have_each_rows_likeliest_nodes(seed, width, depth, floor):
+    hindsight, path, draft = recorded(range(seed, seed + 5))
+    expected = np.zeros(3)
+    for row in range(5):
+        own = np.where(truncate(*draft, width)[row], path[row], 0)
+        for level in range(1, depth):
+            if own[draft[2][row] == level].max() < floor:
+                own[draft[2][row] > level] = 0
+        expected += np.sort(own[draft[2][row] <= depth])[::-1][:3].cumsum()
+    nodes, tokens = hindsight.even_tokens(depth, width, 10, floor)
+    assert nodes.tolist() == [20, 30, 40]
+    assert tokens == pytest.approx(10 + 2 * expected)
+
+
 @given(st.integers(0, 10**6), st.sampled_from([1, 2, 4]), st.integers(1, 4), st.floats(0.01, 0.9))
 def test_unlikely_rows_are_drafted_no_deeper(seed, width, depth, floor):
     hindsight, path, draft = recorded(range(seed, seed + 5), levels=4)

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from batchgen.speculation.budget import MOST_EVEN
 from batchgen.speculation.costs import Costs, Table
 from batchgen.speculation.hindsight import Hindsight
 from batchgen.speculation.schedule import (
@@ -73,11 +74,11 @@ def costs(draw):
     tables = (
         Table(grid, draw(st.lists(st.floats(1e-3, scale), min_size=5, max_size=5)), 1e-6) for scale in (0.1, 0.02, 0.02)
     )
-    return Costs(*tables, draw(st.floats(0, 0.05)))
+    return Costs(*tables, draw(st.floats(0, 0.05)), draw(st.just(1.0) | st.floats(0.5, 1.0)))
 
 
 def exhaustive(shape, rows, per_token, draft, context, pending, left):
-    """The best of every number of nodes, by drafting that shape and no more."""
+    """The best of every number of nodes, and of as many of each row, by drafting that shape and no more."""
     plain = per_token.verify(rows, context) + per_token.fixed
     if shape == PLAIN:
         return MARGIN * rows / plain
@@ -93,9 +94,13 @@ def exhaustive(shape, rows, per_token, draft, context, pending, left):
         )
     best = -np.inf
     falling = sorted(path[path > 0].tolist(), reverse=True)
-    for num in range(len(falling) + 1):
-        tokens = rows + sum(falling[:num])
-        seconds = per_token.verify(rows + num, context) + per_token.fixed + per_token.extend(tokens, context)
+    choices = [(num, sum(falling[:num]), 1.0) for num in range(len(falling) + 1)]
+    if rows > 1:
+        likeliest = -np.sort(-path, axis=1)
+        choices += [(rows * num, likeliest[:, :num].sum(), per_token.even) for num in range(1, MOST_EVEN + 1)]
+    for num, kept, share in choices:
+        tokens = rows + kept
+        seconds = share * per_token.verify(rows + num, context) + per_token.fixed + per_token.extend(tokens, context)
         seconds += levels_s
         debt = per_token.extend(pending, context) - per_token.extend(tokens, context)
         seconds += max(debt, 0) / min(REPAY_STEPS, max(1, left * rows / tokens))

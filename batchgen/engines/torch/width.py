@@ -104,10 +104,6 @@ class FixedTree:
         return {}
 
 
-# Nodes of each row that are tried as even trees.
-MOST_EVEN = 3
-
-
 class AutoTree:
     """The tree that pays: one budget over all rows, set anew in every step from measured costs.
 
@@ -172,7 +168,7 @@ class AutoTree:
             ),
             throughput=throughput,
         )
-        if throughput is not None and self.costs.even < 1.0 and len(path) == rows:
+        if throughput is not None and self.costs.even < 1.0 and len(path) == rows > 1:
             kept = self._evened(path, kept, throughput, ahead.context)
         self._expected += float(path[kept].sum())
         return torch.from_numpy(kept)
@@ -183,7 +179,7 @@ class AutoTree:
         """`uneven`, or as many nodes of each row where that is worth more: rows that are alike make a faster pass."""
         best, rows = uneven, len(path)
         gain = float(path[uneven].sum()) - throughput * self.costs.verify(rows + int(uneven.sum()), context)
-        for num_nodes in range(1, MOST_EVEN + 1):
+        for num_nodes in range(1, budget.MOST_EVEN + 1):
             chosen = budget.even(path, num_nodes)
             if chosen is None:
                 break
