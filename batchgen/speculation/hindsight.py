@@ -67,6 +67,7 @@ class Hindsight:
     """The newest drafted rows, `KEPT_ROWS` or a draft more, as beams of the given `widths` would have drafted them.
 
     With a `floor`, a row is drafted below a level only where its likeliest path of that length is that likely.
+    `depth` is the deepest level on record.
     """
 
     def __init__(self, widths: Sequence[int]) -> None:
@@ -75,12 +76,7 @@ class Hindsight:
         self._valued: list[_Alike] = []
         self._falling: dict[tuple[int, int, float], NDArray[np.float64]] = {}
         self._even: dict[tuple[int, int, float], NDArray[np.float64]] = {}
-        self.num_rows = 0
-
-    @property
-    def depth(self) -> int:
-        """The deepest level on record."""
-        return max((int(draft.depth.max()) for draft in self._drafts), default=0)
+        self.num_rows = self.depth = 0
 
     def record(
         self, value: Callable[[], NDArray[Any]], score: NDArray[Any], parent: NDArray[Any], depth: NDArray[Any]
@@ -91,6 +87,7 @@ class Hindsight:
         self.num_rows += len(score)
         while self.num_rows - len(self._drafts[0].depth) >= KEPT_ROWS:
             self.num_rows -= len(self._drafts.popleft().depth)
+        self.depth = max(int(draft.depth.max()) for draft in self._drafts)
         self.revalue()
 
     def revalue(self) -> None:

@@ -143,8 +143,8 @@ class Schedule:
         self._outcomes = Outcomes()
         # What the last step started from, what it was promised, and drafting steps since a plain one.
         self._ahead, self._promised, self._drafted = Ahead(0, [], [], 0), _NOTHING, 0
-        self._forecasts: dict[tuple[object, ...], tuple[list[Promise], int]] = {}
-        self._calls = self._num_recorded = 0
+        self._forecasts: dict[tuple[object, ...], tuple[dict[Draft, Promise], int]] = {}
+        self._choices = self._num_recorded = 0
         self._allowance_s, self._since, self._arriving = 0.0, EXPLORE_STEPS, 0.0
 
     def next(self, ahead: Ahead) -> Plan:
@@ -188,7 +188,7 @@ class Schedule:
             if promise.draft == PLAIN:
                 loss_s = self._drafting_s(largest, rows, ahead)
             else:
-                wide = self._promise(largest, ahead)
+                wide = self._foretold([largest], ahead)[0]
                 loss_s = wide.seconds * (1 - wide.gain / promise.gain)
             if loss_s > self._allowance_s:
                 return None
@@ -236,27 +236,30 @@ class Schedule:
 
         Plain as well while nothing is recorded.
         """
+        if not self._seen.num_rows:
+            return _NOTHING
+        self._choices += 1
 
         def worth(promise: Promise) -> float:
             return promise.worth * self._outcomes.kept(ahead.rows, promise.draft)
 
-        best = max(self._foretold(ahead), key=worth, default=_NOTHING)
+        best = max(self._foretold(self._of_use(ahead.rows, max(ahead.caps)), ahead), key=worth, default=_NOTHING)
         return dataclasses.replace(best, worth=worth(best)) if worth(best) > MARGIN else _NOTHING
 
-    def _foretold(self, ahead: Ahead) -> list[Promise]:
-        """What every shape that is of use promises; stands for `FORECAST_STEPS` calls."""
-        if not self._seen.num_rows:
-            return []
-        pending, max_depth = sum(ahead.pending) // ahead.rows, max(ahead.caps)
+    def _foretold(self, shapes: Sequence[Draft], ahead: Ahead) -> list[Promise]:
+        """What each shape promises; stands for `FORECAST_STEPS` choices."""
+        pending = sum(ahead.pending) // ahead.rows
         # What a step or two gave is no debt, and then it does not matter how long a row would have to repay it.
         debt = (pending.bit_length(), int(min(_left(ahead), REPAY_STEPS)).bit_length()) if pending > 8 else None
-        key = power_of_two(ahead.rows), debt, min(max_depth, self._largest.depth)
-        self._calls += 1
-        promises, until = self._forecasts.get(key, ([], 0))
-        if self._calls >= until:
-            promises = [self._promise(shape, ahead) for shape in self._of_use(ahead.rows, max_depth)]
-            self._forecasts[key] = promises, self._calls + FORECAST_STEPS
-        return promises
+        key = power_of_two(ahead.rows), debt
+        promises, until = self._forecasts.get(key, ({}, 0))
+        if self._choices >= until:
+            promises = {}
+            self._forecasts[key] = promises, self._choices + FORECAST_STEPS
+        for shape in shapes:
+            if shape not in promises:
+                promises[shape] = self._promise(shape, ahead)
+        return [promises[shape] for shape in shapes]
 
     def _of_use(self, rows: int, max_depth: int) -> list[Draft]:
         """The shapes of use where rows give `max_depth` tokens more; what stops by itself is as deep as they allow."""
