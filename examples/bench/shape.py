@@ -40,8 +40,9 @@ from results import interleave, write
 from speculation import decode, fixed_shape
 
 if TYPE_CHECKING:
-    from batchgen.engines.torch.forest import RowTree, Shape
-    from batchgen.engines.torch.layout import Tile
+    from numpy.typing import NDArray
+
+    from batchgen.engines.torch.forest import Forest, Shape
     from batchgen.engines.torch.width import Drafted
 
 
@@ -93,41 +94,37 @@ class DrawnDraft(Draft):
 class Drawn(verify.Sampled):
     """Follows a node with one of its drafted children as likely as the head found it, by depth."""
 
-    def put(self, node: int, token: int) -> None:
-        """Let `token` follow `node`."""
-        self._tokens[node] = token
+    def follow(self, nodes: NDArray[np.int64], tokens: NDArray[np.int64]) -> None:
+        """Let `tokens` follow `nodes`."""
+        self._tokens_N[nodes] = tokens
 
 
 class DrawnEngine(TorchEngine):
     """Verifies by chance."""
 
     fades: list[float]
+    never_drafted: int
     dice = np.random.default_rng(0)
 
     def _sample(
-        self,
-        logits: torch.Tensor,
-        draws: list[verify.Draw],
-        tiles: list[Tile],
-        trees: list[RowTree],
-        drafted: Drafted | None,
+        self, logits: torch.Tensor, draws: verify.Draws, trees: Forest, drafted: Drafted | None
     ) -> verify.Sampled:
         sampled = Drawn(logits, draws)
         if drafted is None:
             return sampled
-        logp = drafted.candidates.logp.tolist()
-        for place, r in enumerate(drafted.rows):
-            tile, tree = tiles[r], trees[r]
-            for node in range(len(tree.tokens)):
-                children = tree.children(node)
-                if not children:
-                    continue
-                fade = self.fades[min(tree.depths[node], len(self.fades) - 1)]
-                chances = [fade * np.exp(logp[place][tree.candidates[child - 1]]) for child in children]
-                others = next(t for t in range(len(children) + 1) if t not in {tree.tokens[c] for c in children})
-                tokens = [*(tree.tokens[child] for child in children), others]
-                drawn = int(np.searchsorted(np.cumsum(chances), self.dice.random(), side="right"))
-                sampled.put(tile.start + node, tokens[drawn])
+        child = np.flatnonzero(trees.depth_N > 0)
+        child = child[np.argsort(trees.parent_N[child], kind="stable")]
+        parent = trees.parent_N[child]
+        place = np.searchsorted(np.array(drafted.rows), trees.row_N[child])
+        fade = np.array(self.fades)[np.minimum(trees.depth_N[child], len(self.fades)) - 1]
+        chance = fade * np.exp(drafted.candidates.logp.numpy()[place, trees.candidate_N[child]])
+        up_to = np.cumsum(chance)
+        first = np.searchsorted(parent, parent)
+        before = up_to[first] - chance[first]
+        dice = before + self.dice.random(len(trees.row_N))[parent]
+        sampled.follow(np.unique(parent), np.full(len(np.unique(parent)), self.never_drafted))
+        hit = (up_to > dice) & (up_to - chance <= dice)
+        sampled.follow(parent[hit], trees.token_N[child[hit]])
         return sampled
 
 
@@ -189,6 +186,7 @@ class Machine:
         draft = None if width is None else self.draft
         engine = DrawnEngine(self.target, draft, decode=str, batch_size=rows, width=width)
         engine.fades = self._fades
+        engine.never_drafted = self.sizes.vocab - 1  # the head's vocabulary is the first part of the target's
         return engine
 
     def floor_s(self, rows: int, context: int) -> float:

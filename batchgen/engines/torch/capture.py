@@ -37,7 +37,7 @@ class TorchCapture:
                 self._pool = self._target.pool()
                 self._pool.resize(len(spans), max(len(rows[row]) for row in at))
             token_ids = torch.tensor(ids, device=self._target.device)
-            _, captured = self._target.forward(token_ids, self._target.layout([], spans), self._pool)
+            _, captured = self._target.forward(token_ids, self._target.layout(None, spans), self._pool)
             assert captured is not None
             for span, row in zip(spans, at, strict=True):
                 own = captured[span.start : span.stop].to("cpu", self._dtype, copy=True)

@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from batchgen.engines.torch.decoder import Attention, Mlp, Norm
 from batchgen.engines.torch.kvcache import Pool
-from batchgen.engines.torch.layout import Heads, Layout, Tile
+from batchgen.engines.torch.layout import Heads, Layout, Tiles
 from batchgen.engines.torch.linear import Weight
 from batchgen.engines.torch.weights import load_head
 from batchgen.errors import ModelError
@@ -96,7 +96,7 @@ class Draft:
         layers = self.config.layer.num_hidden_layers
         return Pool(layers, self.heads.num_kv_heads, self._head_dim, self.dtype, self.device)
 
-    def layout(self, tiles: list[Tile], spans: list[Span]) -> Layout:
+    def layout(self, tiles: Tiles | None, spans: list[Span]) -> Layout:
         """Lay out a pass for this head."""
         return Layout.of(tiles, spans, self.heads)
 

@@ -14,16 +14,19 @@ import numpy as np
 import torch
 
 from batchgen.engines.torch import forest, verify
+from batchgen.engines.torch.forest import Forest
 from batchgen.engines.torch.kvcache import free_bytes, out_of_memory
-from batchgen.engines.torch.layout import Tile, upload
+from batchgen.engines.torch.layout import Tiles, upload
 from batchgen.engines.torch.rows import Row
 from batchgen.engines.torch.slots import Slots
-from batchgen.engines.torch.width import Drafted, FixedTree, Step
+from batchgen.engines.torch.width import Drafted, FixedTree, Reached, Step
 from batchgen.speculation.schedule import Ahead
 from batchgen_kernels.tree_attention import MAX_NODES, Span
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
 
     from batchgen.engines.torch.draft import Draft
     from batchgen.engines.torch.target import Target
@@ -130,37 +133,28 @@ class TorchEngine:
         context = sum(row.seen for row in rows)
         drafted, trees = self._grow(decoding)
         grown = time.perf_counter()
-        tiles: list[Tile] = []
-        token_ids: list[int] = []
-        for slot, row, tree in zip(decoding, rows, trees, strict=True):
-            positions = [row.seen + depth for depth in tree.depths]
-            tiles.append(Tile(len(token_ids), slot, row.seen, tree.bits, list(range(len(tree.tokens))), positions))
-            token_ids += tree.tokens
-        num_nodes = len(token_ids)
+        num_nodes = len(trees.token_N)
+        seen = np.array([row.seen for row in rows], np.int64)
+        tiles = Tiles(np.array(decoding), seen, trees.counts(), trees.bits_N, trees.depth_N) if rows else None
         spans = self._chunk(num_nodes)
-        for span in spans:
-            token_ids += self._rows[span.slot].tokens[span.prefix : span.prefix + span.stop - span.start]
+        prompts = [self._rows[span.slot].tokens[span.prefix : span.prefix + span.stop - span.start] for span in spans]
+        token_ids = self._upload(np.concatenate([trees.token_N, *prompts]))
         # A prompt that was read to its end gives its row's first token; a row that resumes has it already.
         ends = [s for s in spans if self._rows[s.slot].unread == s.stop - s.start and not self._rows[s.slot].num_output]
+        last = np.array([span.stop - 1 for span in ends], np.int64)
         # Of prompts only the last token's logits are of use.
-        asked = self._ids([*range(num_nodes), *(span.stop - 1 for span in ends)]) if spans else None
+        asked = self._upload(np.concatenate([np.arange(num_nodes), last])) if spans else None
         layout = self._target.layout(tiles, spans)
-        final, captured, logits = self._target.verify(self._ids(token_ids), layout, self._slots.pools[0], asked)
-        draws = [row.next_draw(depth) for row, tree in zip(rows, trees, strict=True) for depth in tree.depths]
-        draws += [self._rows[span.slot].next_draw() for span in ends]
-        sampled = self._sample(logits, draws, tiles, trees, drafted)
+        final, captured, logits = self._target.verify(token_ids, layout, self._slots.pools[0], asked)
+        begun = [self._rows[span.slot] for span in ends]
+        sampled = self._sample(logits, _draws([*rows, *begun], trees), trees, drafted)
         judged = time.perf_counter()
-
-        def pick(alive: list[int], nodes: list[int]) -> list[int]:
-            return sampled.tokens([tiles[r].start + node for r, node in zip(alive, nodes, strict=True)])
-
-        walks = verify.walk(trees, pick)
-        first = sampled.tokens(range(num_nodes, num_nodes + len(ends)))
-        self._keep(tiles, walks, spans, final if captured is None else captured)
-        for row, tree, walked in zip(rows, trees, walks, strict=True):
-            self._count(row, tree, walked)
-        for span, token in zip(ends, first, strict=True):
-            self._append(self._rows[span.slot], [token])
+        walks = verify.walk(trees, sampled.tokens)
+        first = sampled.tokens(num_nodes + np.arange(len(ends)))
+        self._keep(decoding, trees, walks, spans, final if captured is None else captured)
+        self._count(rows, trees, walks)
+        for row, token in zip(begun, first.tolist(), strict=True):
+            self._append(row, [token])
         self._bound_pending()
         ended = time.perf_counter()
         for name, seconds in (("draft", grown - began), ("target", judged - grown), ("host", ended - judged)):
@@ -168,35 +162,29 @@ class TorchEngine:
         if self._width is not None and self._draft is not None and rows:
             num_tokens = self.num_tokens - before - len(ends)
             times = (grown - began, ended - grown)
-            reached = _reached(drafted, tiles, trees, walks, sampled) if drafted is not None else []
+            reached = None if drafted is None else _reached(drafted, trees, walks, sampled)
             self._width.spent(Step(len(rows), context, num_nodes, num_tokens, *times, bool(spans), drafted), reached)
 
     def _sample(
-        self,
-        logits: torch.Tensor,
-        draws: list[verify.Draw],
-        tiles: list[Tile],
-        trees: list[forest.RowTree],
-        drafted: Drafted | None,
+        self, logits: torch.Tensor, draws: verify.Draws, trees: Forest, drafted: Drafted | None
     ) -> verify.Sampled:
         """What follows every node of the pass; `examples/bench/shape.py` has this drawn, for models without sense."""
         return verify.Sampled(logits, draws)
 
-    def _grow(self, slots: list[int]) -> tuple[Drafted | None, list[forest.RowTree]]:
+    def _grow(self, slots: list[int]) -> tuple[Drafted | None, Forest]:
         """A tree for each of the rows in `slots`: catch the draft up on true features and let it draft, or roots."""
         rows = [self._rows[slot] for slot in slots]
         roots = [row.tokens[-1] for row in rows]
         if self._draft is None or self._width is None or not rows:
-            return None, forest.root_only(roots)
+            return None, Forest.of_roots(roots)
         # A step emits one token more than it accepts, so the last token of a row is never worth drafting.
         caps = [row.limit - len(row.tokens) - 1 for row in rows]
         pending = [row.seen - row.draft_len for row in rows]
         arrived = sum(num for num, row in zip(pending, rows, strict=True) if not row.acceptance.target_steps)
         ahead = Ahead(sum(row.seen for row in rows), pending, caps, arrived)
         plan = self._width.plan(ahead)
-        trees = forest.root_only(roots)
         if plan is None:
-            return None, trees
+            return None, Forest.of_roots(roots)
         shape, drafting = plan
         drafts = [slots[r] for r in drafting]
         state = self._catch_up(self._draft, drafts)
@@ -208,10 +196,8 @@ class TorchEngine:
         )
         candidates = drafted.on_host()
         kept = width.keep(candidates, own_caps, shape, ahead)
-        grown = forest.trees(candidates, kept, [roots[r] for r in drafting])
-        for r, tree in zip(drafting, grown, strict=True):
-            trees[r] = tree
-        return Drafted(shape, drafting, sum(pending[r] for r in drafting), candidates), trees
+        extend_tokens = sum(pending[r] for r in drafting)
+        return Drafted(shape, drafting, extend_tokens, candidates), Forest.of(candidates, kept, drafting, roots)
 
     def _catch_up(self, draft: Draft, slots: list[int], hold_back: int = 0) -> torch.Tensor:
         """Write the draft slots of all pending features but each row's last `hold_back`; each row's last output."""
@@ -233,25 +219,24 @@ class TorchEngine:
 
     def _extend(self, draft: Draft, chunk: list[tuple[int, int]]) -> torch.Tensor:
         """Write the next (slot, number) draft slots from pending features; the last output of each, [len(chunk), H]."""
-        tiles: list[Tile] = []
-        spans: list[Span] = []
+        short = [each for each in chunk if each[1] <= MAX_NODES]
+        tiles, spans = None, []
+        if short:
+            begins = [self._rows[slot].draft_len for slot, _ in short]
+            tiles = Tiles.chains([slot for slot, _ in short], begins, [num for _, num in short])
         next_tokens: list[int] = []
         features: list[torch.Tensor] = []
-        last: list[int] = []
-        for slot, num in chunk:
-            row = self._rows[slot]
-            start, begin = len(next_tokens), row.draft_len
+        last: dict[int, int] = {}
+        for slot, num in (*short, *(each for each in chunk if each[1] > MAX_NODES)):
+            row, start = self._rows[slot], len(next_tokens)
             if num > MAX_NODES:
-                spans.append(Span(start, start + num, slot, begin))
-            else:
-                bits = [(2 << t) - 1 for t in range(num)]
-                tiles.append(Tile(start, slot, begin, bits, list(range(num)), [begin + t for t in range(num)]))
-            next_tokens += row.tokens[begin + 1 : begin + 1 + num]
-            features.append(row.take_pending(num))
-            last.append(len(next_tokens) - 1)
+                spans.append(Span(start, start + num, slot, row.draft_len))
+            next_tokens += row.tokens[row.draft_len + 1 : row.draft_len + 1 + num]
+            features += row.take_pending(num)
+            last[slot] = len(next_tokens) - 1
         layout = draft.layout(tiles, spans)
         out = draft.extend(self._ids(next_tokens), torch.cat(features), layout, self._slots.pools[1])
-        return out[self._ids(last)]
+        return out[self._ids([last[slot] for slot, _ in chunk])]
 
     def _bound_pending(self) -> None:
         """Let the draft catch up on everything but each row's last slot, whose output is where drafting starts."""
@@ -276,41 +261,43 @@ class TorchEngine:
         return spans
 
     def _keep(
-        self,
-        tiles: list[Tile],
-        walks: list[verify.Walk],
-        spans: list[Span],
-        features: torch.Tensor,
+        self, slots: Sequence[int], trees: Forest, walks: verify.Walks, spans: list[Span], features: torch.Tensor
     ) -> None:
         """Keep the keys, values and features [N, sum H] of accepted nodes and of what was read."""
-        moves: list[tuple[int, int, int]] = []
-        kept: list[tuple[Row, list[int]]] = []
-        for tile, walked in zip(tiles, walks, strict=True):
-            moves += [(tile.slot, tile.prefix + n, tile.prefix + k) for k, n in enumerate(walked.path, 1) if n != k]
-            kept.append((self._rows[tile.slot], [tile.start + node for node in (0, *walked.path)]))
-        kept += [(self._rows[span.slot], list(range(span.start, span.stop))) for span in spans]
-        if moves:
-            self._slots.pools[0].compact(*(self._ids(column) for column in zip(*moves, strict=True)))
+        row, depth = np.nonzero(walks.node_RD >= 0)
+        node = walks.node_RD[row, depth]
+        place = node - trees.start_R[row]
+        moved = place != depth
+        if moved.any():
+            slot = np.array(slots)[row[moved]]
+            prefix = np.array([self._rows[slot].seen for slot in slots])[row[moved]]
+            columns = (slot, prefix + place[moved], prefix + depth[moved])
+            self._slots.pools[0].compact(*(self._upload(column) for column in columns))
+        rows = [self._rows[slot] for slot in (*slots, *(span.slot for span in spans))]
+        nums = [*walks.lengths().tolist(), *(span.stop - span.start for span in spans)]
         if self._draft is not None:
-            nodes = [node for _, nodes in kept for node in nodes]
-            if nodes != list(range(len(features))):
-                features = features[self._ids(nodes)]
-            for (row, _), own in zip(kept, torch.split(features, [len(nodes) for _, nodes in kept]), strict=True):
-                row.pending.append(own.clone())  # a view would keep the whole step's alive
-        for row, nodes in kept:
-            row.seen += len(nodes)
+            nodes = np.concatenate([node, *(np.arange(span.start, span.stop) for span in spans)])
+            # Either way a copy: the next pass overwrites what this one returned.
+            features = features.clone() if len(nodes) == len(features) else features[self._upload(nodes)]
+            for each, own in zip(rows, torch.split(features, nums), strict=True):
+                each.hold(own)
+        for each, num in zip(rows, nums, strict=True):
+            each.seen += num
 
-    def _count(self, row: Row, tree: forest.RowTree, walked: verify.Walk) -> None:
-        stats, num_drafted = row.acceptance, len(tree.tokens) - 1
-        stats.target_steps += 1
-        stats.draft_steps += num_drafted > 0
-        stats.draft_tokens += num_drafted
-        position = row.num_output
-        num_kept = min(len(walked.path), self._append(row, walked.tokens))
-        stats.note(position, num_drafted, num_kept)
-        stats.accepted_per_depth += [0] * (max(tree.depths) - len(stats.accepted_per_depth))
-        for depth in range(num_kept):
-            stats.accepted_per_depth[depth] += 1
+    def _count(self, rows: list[Row], trees: Forest, walks: verify.Walks) -> None:
+        """Append what the step gave `rows`, and count what speculation did for it."""
+        deepest = np.maximum.reduceat(trees.depth_N, trees.start_R).tolist() if rows else []
+        found = (trees.counts().tolist(), deepest, walks.lengths().tolist(), walks.token_RD.tolist())
+        for row, num_nodes, depths, num, tokens in zip(rows, *found, strict=True):
+            stats, num_drafted, position = row.acceptance, num_nodes - 1, row.num_output
+            stats.target_steps += 1
+            stats.draft_steps += num_drafted > 0
+            stats.draft_tokens += num_drafted
+            num_kept = min(num - 1, self._append(row, tokens[:num]))
+            stats.note(position, num_drafted, num_kept)
+            stats.accepted_per_depth += [0] * (depths - len(stats.accepted_per_depth))
+            for depth in range(num_kept):
+                stats.accepted_per_depth[depth] += 1
 
     def _append(self, row: Row, tokens: list[int]) -> int:
         num_kept = row.append(tokens, self._target.eos_token_ids, self._decode)
@@ -325,18 +312,28 @@ class TorchEngine:
         return row.completion(self._target.eos_token_ids, self._decode)
 
     def _ids(self, values: Sequence[int]) -> torch.Tensor:
-        return upload(np.array(values, np.int64), self._target.device)
+        return self._upload(np.array(values, np.int64))
+
+    def _upload(self, values: NDArray[np.int64]) -> torch.Tensor:
+        return upload(values, self._target.device)
 
 
-def _reached(
-    drafted: Drafted, tiles: list[Tile], trees: list[forest.RowTree], walks: list[verify.Walk], sampled: verify.Sampled
-) -> list[tuple[int, int, float]]:
-    """(row of the draft, candidate, chance) of every drafted child of the root and of accepted nodes."""
-    places, asked = [], []
-    for place, r in enumerate(drafted.rows):
-        tree = trees[r]
-        for node in (0, *walks[r].path):
-            for child in tree.children(node):
-                places.append((place, tree.candidates[child - 1]))
-                asked.append((tiles[r].start + node, tree.tokens[child]))
-    return [(*place, chance) for place, chance in zip(places, sampled.chances(asked), strict=True)]
+def _draws(rows: Sequence[Row], trees: Forest) -> verify.Draws:
+    """How to draw what follows the nodes of `trees`, and the prompts of the rows that stand behind those with trees."""
+    begun = np.arange(len(trees.start_R), len(rows))
+    return verify.Draws(
+        [row.request.sampling for row in rows],
+        [row.key for row in rows],
+        np.array([row.num_output for row in rows], np.int64),
+        np.concatenate([trees.row_N, begun]),
+        np.concatenate([trees.depth_N, 0 * begun]),
+    )
+
+
+def _reached(drafted: Drafted, trees: Forest, walks: verify.Walks, sampled: verify.Sampled) -> Reached:
+    """Every drafted child of the root and of accepted nodes."""
+    kept_N = np.zeros(len(trees.row_N), bool)
+    kept_N[walks.node_RD[walks.node_RD >= 0]] = True
+    child = np.flatnonzero((trees.depth_N > 0) & kept_N[trees.parent_N])
+    row = np.searchsorted(np.array(drafted.rows), trees.row_N[child])
+    return Reached(row, trees.candidate_N[child], sampled.chances(trees.parent_N[child], trees.token_N[child]))

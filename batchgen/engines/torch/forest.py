@@ -24,6 +24,8 @@ from batchgen_kernels.tree_attention import MAX_NODES
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from numpy.typing import NDArray
+
     from batchgen.engines.torch.draft import Draft
     from batchgen.engines.torch.kvcache import Pool
 
@@ -52,26 +54,52 @@ class Shape:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class RowTree:
-    """One row's tree, the root at index 0 and parents before children.
+class Forest:
+    """The trees of R rows side by side, N nodes in all: a row's root before its other nodes, parents before children.
 
-    `tokens[0]` is the root's token; `bits[i]` has bit j set when j is i or an ancestor of i.
+    start_R: the roots, of which each begins its row's nodes
+    row_N, token_N, depth_N: a node's row, token and levels below its root
+    parent_N: a node's parent, -1 of a root; candidate_N: its `Candidates` column, -1 of a root
+    bits_N: uint64, bit j is set of a node that is the j-th of its row or descends from it
     """
 
-    tokens: list[int]
-    parents: list[int]
-    depths: list[int]
-    bits: list[int]
-    candidates: list[int] = dataclasses.field(default_factory=list)
-    """The `Candidates` column of each node but the root."""
+    start_R: NDArray[np.int64]
+    row_N: NDArray[np.int64]
+    token_N: NDArray[np.int64]
+    depth_N: NDArray[np.int64]
+    parent_N: NDArray[np.int64]
+    candidate_N: NDArray[np.int64]
+    bits_N: NDArray[np.uint64]
 
-    def children(self, node: int) -> list[int]:
-        """The nodes whose parent is `node`."""
-        return [i for i in range(node + 1, len(self.tokens)) if self.parents[i] == node]
+    def counts(self) -> NDArray[np.int64]:
+        """Nodes of each row."""
+        return np.diff(self.start_R, append=len(self.row_N))
 
-    def child(self, node: int, token: int) -> int | None:
-        """The child of `node` that carries `token`, if the tree has one."""
-        return next((i for i in self.children(node) if self.tokens[i] == token), None)
+    @staticmethod
+    def of_roots(tokens: Sequence[int]) -> Forest:
+        """Trees without draft nodes: one plain decoding step per row."""
+        rows, none = np.arange(len(tokens)), np.full(len(tokens), -1)
+        return Forest(rows, rows, np.array(tokens, np.int64), 0 * rows, none, none, np.ones(len(tokens), np.uint64))
+
+    @staticmethod
+    def of(candidates: Candidates, kept: torch.Tensor, rows: Sequence[int], roots: Sequence[int]) -> Forest:
+        """Trees on the tokens `roots`; those of `rows`, rising, with the `kept` candidates, none without its parent."""
+        place, column = np.nonzero(kept.numpy())
+        count_R = 1 + np.bincount(np.array(rows, np.int64)[place], minlength=len(roots))
+        start_R, num_nodes = np.cumsum(count_R) - count_R, int(count_R.sum())
+        row_N, node = np.repeat(np.arange(len(roots)), count_R), np.delete(np.arange(num_nodes), start_R)
+        token_N, depth_N, parent_N, candidate_N = (np.full(num_nodes, value) for value in (0, 0, -1, -1))
+        token_N[start_R], token_N[node] = roots, candidates.token.numpy()[place, column]
+        depth_N[node], candidate_N[node] = candidates.depth.numpy()[place, column], column
+        nodes = np.empty((len(rows), kept.shape[1] + 1), np.int64)
+        nodes[:, -1] = start_R[rows]  # where a parent of -1 finds it
+        nodes[place, column] = node
+        parent_N[node] = nodes[place, candidates.parent.numpy()[place, column]]
+        bits_N = np.left_shift(np.uint64(1), (np.arange(num_nodes) - start_R[row_N]).astype(np.uint64))
+        for level in range(1, int(depth_N.max()) + 1):
+            at = np.flatnonzero(depth_N == level)
+            bits_N[at] |= bits_N[parent_N[at]]
+        return Forest(start_R, row_N, token_N, depth_N, parent_N, candidate_N, bits_N)
 
 
 @dataclasses.dataclass(slots=True)
@@ -119,11 +147,6 @@ class Candidates:
     def joined(levels: Sequence[Candidates]) -> Candidates:
         """Levels side by side."""
         return Candidates(*(torch.cat([getattr(c, name) for c in levels], 1) for name in Candidates.__slots__))
-
-
-def root_only(tokens: Sequence[int]) -> list[RowTree]:
-    """Trees without draft nodes: one plain decoding step per row."""
-    return [RowTree([token], [0], [0], [1]) for token in tokens]
 
 
 def grow(
@@ -195,22 +218,3 @@ def likeliest(candidates: Candidates, depth_caps: torch.Tensor, nodes: int) -> t
     order = candidates.score.masked_fill(~usable, float("-inf")).sort(dim=-1, descending=True, stable=True).indices
     kept = torch.zeros_like(usable).scatter_(1, order[:, :nodes], True)
     return kept & usable
-
-
-def trees(candidates: Candidates, kept: torch.Tensor, roots: Sequence[int]) -> list[RowTree]:
-    """Every row's tree of its kept candidates, among which no node lacks its parent."""
-    tokens, parents, depths = (getattr(candidates, field).tolist() for field in ("token", "parent", "depth"))
-    made = []
-    for b, row in enumerate(kept.tolist()):
-        tree = RowTree([roots[b]], [0], [0], [1])
-        place = {-1: 0}
-        for candidate in (i for i, keep in enumerate(row) if keep):
-            parent = place[parents[b][candidate]]
-            place[candidate] = len(tree.tokens)
-            tree.bits.append(tree.bits[parent] | 1 << len(tree.tokens))
-            tree.tokens.append(tokens[b][candidate])
-            tree.parents.append(parent)
-            tree.depths.append(depths[b][candidate])
-            tree.candidates.append(candidate)
-        made.append(tree)
-    return made

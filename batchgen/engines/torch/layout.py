@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +11,11 @@ import torch
 from batchgen_kernels.attend import MAX_COUNTS, num_splits
 from batchgen_kernels.dispatch import on_triton
 from batchgen_kernels.tree_attention import MAX_NODES, Block, Padded, Ragged, Span, span_mask, tile_mask
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
 
 # Slots that are read together. With 64 rows of 60 to 320 tokens blocks of 16 read about four fifths of what one does.
 BLOCK_SLOTS = 16
@@ -21,19 +26,27 @@ SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 25
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Tile:
-    """Up to 64 tree tokens of one row: consecutive packed tokens from `start`, pool columns from `prefix`.
+class Tiles:
+    """Up to 64 tree tokens of each of R rows, packed one row after the other from 0 on; the N of them on the host.
 
-    `bits[t]` has bit c set when token t sees pool column prefix + c; its own key stands at prefix + `columns[t]`, and
-    it has rotary position `positions[t]`.
+    slot_R, prefix_R, count_R: int64; token t of row r has its own key at pool column prefix_R[r] + t
+    bits_N: uint64, has bit c set when the token sees pool column prefix + c
+    ahead_N: int64, the token's rotary position less its row's prefix
     """
 
-    start: int
-    slot: int
-    prefix: int
-    bits: list[int]
-    columns: list[int]
-    positions: list[int]
+    slot_R: NDArray[np.int64]
+    prefix_R: NDArray[np.int64]
+    count_R: NDArray[np.int64]
+    bits_N: NDArray[np.uint64]
+    ahead_N: NDArray[np.int64]
+
+    @staticmethod
+    def chains(slots: Sequence[int], prefixes: Sequence[int], counts: Sequence[int]) -> Tiles:
+        """Tokens that follow one another and see all before them."""
+        count = np.array(counts, np.int64)
+        within = _within(count)
+        own = np.left_shift(np.uint64(1), within.astype(np.uint64))
+        return Tiles(np.array(slots, np.int64), np.array(prefixes, np.int64), count, own | (own - np.uint64(1)), within)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -58,26 +71,30 @@ class Layout:
     spans: list[tuple[Span, torch.Tensor]]
 
     @staticmethod
-    def of(tiles: list[Tile], spans: list[Span], heads: Heads) -> Layout:
-        """Lay out `tiles` and `spans`; slots must differ, and packed tokens must not overlap."""
-        num_tokens = sum(len(t.bits) for t in tiles) + sum(s.stop - s.start for s in spans)
+    def of(tiles: Tiles | None, spans: list[Span], heads: Heads) -> Layout:
+        """Lay out `tiles` and behind them `spans`; slots must differ, and packed tokens must not overlap."""
+        num_tile_tokens = 0 if tiles is None else len(tiles.bits_N)
+        num_tokens = num_tile_tokens + sum(s.stop - s.start for s in spans)
         position, slot, pool_position, bits = (np.zeros(num_tokens, np.int64) for _ in range(4))
         for span in spans:
             at = slice(span.start, span.stop)
             position[at] = pool_position[at] = np.arange(span.prefix, span.prefix + span.stop - span.start)
             slot[at] = span.slot
-        for tile in tiles:
-            assert max(len(tile.bits) - 1, *tile.columns) < MAX_NODES, "a tile holds at most 64 nodes"
-            at = slice(tile.start, tile.start + len(tile.bits))
-            position[at] = tile.positions
-            slot[at] = tile.slot
-            pool_position[at] = [tile.prefix + c for c in tile.columns]
+        if tiles is not None:
+            assert tiles.count_R.max() <= MAX_NODES, "a tile holds at most 64 nodes"
+            of_row = np.repeat(np.arange(len(tiles.count_R)), tiles.count_R)
+            prefix, at = tiles.prefix_R[of_row], slice(num_tile_tokens)
+            position[at], slot[at] = prefix + tiles.ahead_N, tiles.slot_R[of_row]
+            pool_position[at] = prefix + _within(tiles.count_R)
             # Bit 63 is the sign bit of int64: the value wraps, the shift in `tile_mask` reads it back.
-            bits[at] = np.array(tile.bits, np.uint64).view(np.int64)
-        rows = np.array([(t.slot, t.start, len(t.bits), t.prefix) for t in tiles], np.int64).reshape(-1, 4)
-        columns = _Rows(*(upload(column, heads.device) for column in np.ascontiguousarray(rows.T)))
+            bits[at] = tiles.bits_N.view(np.int64)
         tokens = _Tokens(*(upload(each, heads.device) for each in (position, slot, pool_position, bits)))
-        seen = _seen(columns, tokens, max((len(t.bits) for t in tiles), default=0), heads)
+        seen = None
+        if tiles is not None:
+            start_R = np.cumsum(tiles.count_R) - tiles.count_R
+            columns = (tiles.slot_R, start_R, tiles.count_R, tiles.prefix_R)
+            rows = _Rows(*(upload(column, heads.device) for column in columns))
+            seen = _seen(rows, tokens, int(tiles.count_R.max()), heads)
         masked = [(span, span_mask(span, heads.dtype, heads.device, heads.window)) for span in spans]
         return Layout(tokens.position, tokens.slot, tokens.pool_position, seen, masked)
 
@@ -114,10 +131,13 @@ class _Tokens(NamedTuple):
     bits: torch.Tensor
 
 
-def _seen(rows: _Rows, tokens: _Tokens, width: int, heads: Heads) -> Padded | Ragged | None:
+def _within(count_R: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The place of each packed token in its row."""
+    return np.arange(count_R.sum()) - np.repeat(np.cumsum(count_R) - count_R, count_R)
+
+
+def _seen(rows: _Rows, tokens: _Tokens, width: int, heads: Heads) -> Padded | Ragged:
     """Who sees whom in tiles of at most `width` tokens, as what computes it on their device wants it."""
-    if width == 0:
-        return None
     if not on_triton(torch.empty(0, dtype=heads.dtype, device=heads.device)):
         return _pad(rows, tokens, heads)
     num_sms = torch.cuda.get_device_properties(heads.device).multi_processor_count if heads.device.type == "cuda" else 1
@@ -131,7 +151,7 @@ def _pad(rows: _Rows, tokens: _Tokens, heads: Heads) -> Padded:
     position_N, pool_position_N, bits_N = (
         each.numpy() for each in (tokens.position, tokens.pool_position, tokens.bits)
     )
-    within = np.concatenate([np.arange(count) for count in count_R])
+    within = _within(count_R)
     packed = np.repeat(start_R, count_R) + within
     num_slots = int(slot_R.max()) + 1
     # A slot without a tile is a query that sees column 0, so that its softmax is defined.

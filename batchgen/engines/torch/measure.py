@@ -11,7 +11,7 @@ import torch
 
 from batchgen.engines.torch import forest
 from batchgen.engines.torch.kvcache import free_bytes
-from batchgen.engines.torch.layout import Tile
+from batchgen.engines.torch.layout import Tiles
 from batchgen.speculation.costs import Costs, Table
 from batchgen.speculation.schedule import CHILDREN
 from batchgen_kernels.tree_attention import MAX_NODES, Span
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from batchgen.engines.torch.draft import Draft
-    from batchgen.engines.torch.layout import Layout
     from batchgen.engines.torch.target import Target
 
 _GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
@@ -49,7 +48,7 @@ def measure(target: Target, draft: Draft, batch_size: int) -> Costs:
 
     def verify(tokens: int, context: int, spread: Callable[[int, int], list[int]] = _spent) -> None:
         ids = torch.arange(tokens, device=target.device)
-        layout = _layout(target.layout, spread(tokens, batch_size), context)
+        layout = target.layout(_chains(spread(tokens, batch_size), context), [])
         target.verify(ids, layout, pool)[2].argmax(-1).tolist()
 
     def extend(tokens: int, context: int) -> None:
@@ -57,9 +56,9 @@ def measure(target: Target, draft: Draft, batch_size: int) -> Costs:
             prompts = min(batch_size, tokens // _PROMPT)
             ends = [round(tokens * i / prompts) for i in range(prompts + 1)]
             spans = [Span(start, stop, slot, 0) for slot, (start, stop) in enumerate(itertools.pairwise(ends))]
-            layout = draft.layout([], spans)
+            layout = draft.layout(None, spans)
         else:
-            layout = _layout(draft.layout, _evenly(tokens, batch_size), context)
+            layout = draft.layout(_chains(_evenly(tokens, batch_size), context), [])
         features = blank.new_zeros(tokens, draft.feature_width)
         out = draft.extend(torch.arange(tokens, device=target.device), features, layout, draft_pool)
         draft.top(out[: min(tokens, batch_size)], 2)[1].tolist()
@@ -140,14 +139,8 @@ def _spent(tokens: int, batch_size: int) -> list[int]:
     return list(1 + np.bincount(best // path.shape[1], minlength=rows))
 
 
-def _layout(lay: Callable[..., Layout], counts: Sequence[int], context: int) -> Layout:
-    tiles, start = [], 0
-    for slot, num in enumerate(counts):
-        bits = [(2 << t) - 1 for t in range(num)]
-        tiles.append(Tile(start, slot, context, bits, list(range(num)), [context + t for t in range(num)]))
-        start += num
-    layout: Layout = lay(tiles, [])
-    return layout
+def _chains(counts: Sequence[int], context: int) -> Tiles:
+    return Tiles.chains(range(len(counts)), [context] * len(counts), counts)
 
 
 def _seconds(run: Callable[..., None], points: Sequence[tuple[int, ...]], before: Callable[[], None]) -> list[float]:

@@ -6,14 +6,13 @@ import dataclasses
 import time
 from typing import TYPE_CHECKING
 
-import torch
-
-from batchgen.engines.torch import verify
 from batchgen.generate import completed_text, reaches_stop
 from batchgen.record import Acceptance, Completion
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    import torch
 
     from batchgen.record import FinishReason, Request
 
@@ -51,16 +50,26 @@ class Row:
         """Tokens that the target must still read before the row decodes."""
         return len(self.tokens) - (self.num_output > 0) - self.seen
 
-    def next_draw(self, ahead: int = 0) -> verify.Draw:
-        """How to draw the next token, or the one `ahead` tokens after it."""
-        return verify.Draw(self.request.sampling, self.key, self.num_output + ahead)
+    def hold(self, features: torch.Tensor) -> None:
+        """Keep the features of further slots for the draft, a view of what a step gave all rows.
 
-    def take_pending(self, num: int) -> torch.Tensor:
-        """The features of the next `num` draft slots [num, H], which count as written from here on."""
-        features = torch.cat(self.pending)
-        self.pending = [features[num:].clone()] if num < len(features) else []
+        What is not taken until the next ones come is copied: one row would keep all the others' alive.
+        """
+        if self.pending:
+            self.pending[-1] = self.pending[-1].clone()
+        self.pending.append(features)
+
+    def take_pending(self, num: int) -> list[torch.Tensor]:
+        """The features of the next `num` draft slots, side by side; these count as written from here on."""
         self.draft_len += num
-        return features[:num]
+        taken = []
+        while num:
+            first = self.pending.pop(0)
+            if len(first) > num:
+                self.pending.insert(0, first[num:].clone())
+            taken.append(first[:num])
+            num -= len(taken[-1])
+        return taken
 
     def forget_cache(self) -> None:
         """Give the slots up: what was read and generated stays, and is read again when the row resumes."""

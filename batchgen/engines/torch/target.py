@@ -19,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 from batchgen.engines.torch.decoder import Decoder
 from batchgen.engines.torch.graphs import Graphs, cuda_graph
 from batchgen.engines.torch.kvcache import Pool, out_of_memory
-from batchgen.engines.torch.layout import Heads, Layout, Tile
+from batchgen.engines.torch.layout import Heads, Layout, Tiles
 from batchgen.engines.torch.linear import Weight, compute_dtype, use_weights
 from batchgen.errors import ModelError
 from batchgen_kernels.tree_attention import Span, tree_attention
@@ -157,7 +157,7 @@ class Target:
     def _differs(self, own: torch.Tensor) -> str | None:
         ids, pool = self._probe(), self.pool()
         pool.resize(1, len(ids))
-        layouts = [self.layout([], [span]) for span in (Span(0, 7, 0, 0), Span(0, 5, 0, 7))]
+        layouts = [self.layout(None, [span]) for span in (Span(0, 7, 0, 0), Span(0, 5, 0, 7))]
         halves = [self.forward(i, at, pool)[0] for i, at in zip((ids[:7], ids[7:]), layouts, strict=True)]
         off = float((self.logits(torch.cat(halves)).float() - own).norm() / own.norm())
         # Two orders of summation differ by a tenth in bfloat16 after 30 layers, and by 1e-5 in float32.
@@ -171,7 +171,7 @@ class Target:
         head_dim = getattr(self.config, "head_dim", None) or self.config.hidden_size // self._heads.num_heads
         return Pool(self.num_layers, self._heads.num_kv_heads, head_dim, self.dtype, self.device)
 
-    def layout(self, tiles: list[Tile], spans: list[Span]) -> Layout:
+    def layout(self, tiles: Tiles | None, spans: list[Span]) -> Layout:
         """Lay out a pass for this model."""
         return Layout.of(tiles, spans, self._heads)
 

@@ -7,8 +7,9 @@ row, sample, turn, output position), so that the tokens are the same with any tr
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,26 +21,65 @@ from batchgen_kernels.sample import gumbel_argmax
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from batchgen.engines.torch.forest import RowTree
+    from numpy.typing import NDArray
+
+    from batchgen.engines.torch.forest import Forest
     from batchgen.record import Sampling
 
 # Nucleus sampling sorts this many logits before it falls back to sorting all of them.
 _NUCLEUS_GUESS = 1024
 
 
-class Draw(NamedTuple):
-    """How to draw one token: the row's sampling, its noise key, and the token's 0-based output position."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Draws:
+    """How to draw the tokens after N nodes of R rows.
 
-    sampling: Sampling
-    key: int
-    position: int
+    sampling_R, key_R: a row's sampling and noise key; position_R: 0-based output position of what follows its root
+    row_N, depth_N: a node's row and levels below its root
+    """
+
+    sampling_R: Sequence[Sampling]
+    key_R: Sequence[int]
+    position_R: NDArray[np.int64]
+    row_N: NDArray[np.int64]
+    depth_N: NDArray[np.int64]
+
+    def of(self, nodes: NDArray[np.int64]) -> Draws:
+        """The same of `nodes` only."""
+        return dataclasses.replace(self, row_N=self.row_N[nodes], depth_N=self.depth_N[nodes])
+
+    def temperatures(self) -> NDArray[np.float32]:
+        """The temperature of each node's row."""
+        return np.array([each.temperature for each in self.sampling_R], np.float32)[self.row_N]
+
+    def samplings(self) -> list[Sampling]:
+        """The sampling of each node's row."""
+        return [self.sampling_R[row] for row in self.row_N.tolist()]
+
+    def words(self) -> NDArray[np.int64]:
+        """The noise of each node, int64 [2, N]: 0 of greedy ones, which have none."""
+        words = np.zeros((2, len(self.row_N)), np.int64)
+        position_N = (self.position_R[self.row_N] + self.depth_N).tolist()
+        for n in np.flatnonzero(self.temperatures() > 0.0).tolist():
+            words[:, n] = position_words(self.key_R[self.row_N[n]], position_N[n])
+        return words
 
 
-class Walk(NamedTuple):
-    """What one step gives a row: the accepted nodes from depth 1 on, and their tokens with one more."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Walks:
+    """What one step gives R rows: the nodes that are reached and the token that follows each, by depth.
 
-    path: list[int]
-    tokens: list[int]
+    `node_RD` and `token_RD` [R, D]: the root and what follows it, the node that carries it and what follows that, and
+    so on; -1 where a row has left its tree. A row emits its tokens, and keeps its nodes.
+    """
+
+    node_RD: NDArray[np.int64]
+    token_RD: NDArray[np.int64]
+
+    def lengths(self) -> NDArray[np.int64]:
+        """Nodes that each row keeps, the root included: as many as it emits tokens."""
+        lengths: NDArray[np.int64] = np.count_nonzero(self.node_RD >= 0, axis=1)
+        return lengths
 
 
 def noise_key(noise: str) -> int:
@@ -85,84 +125,76 @@ def _least_survivor(scaled: torch.Tensor, k: torch.Tensor, p: torch.Tensor, gues
 
 
 class Sampled:
-    """What the target samples after each node of a pass, of `logits` [N, V]; `draws[n]` says how.
+    """What the target samples after each node of a pass, of `logits` [N, V].
 
     On a GPU everything is drawn at once, and the GPU waited for once. On a CPU noise costs more than waiting: rows with
     a temperature are drawn only where asked.
     """
 
-    def __init__(self, logits: torch.Tensor, draws: Sequence[Draw]) -> None:
+    def __init__(self, logits: torch.Tensor, draws: Draws) -> None:
         self._logits, self._draws = logits, draws
-        if logits.is_cuda:
-            self._tokens = draw(logits, draws)
-            self._missing: set[int] = set()
-        else:
-            self._tokens = logits.argmax(-1).tolist()
-            self._missing = {n for n, each in enumerate(draws) if each.sampling.temperature > 0.0}
+        self._warm_N = draws.temperatures() > 0.0
+        self._tokens_N = draw(logits, draws) if logits.is_cuda else logits.argmax(-1).numpy()
+        self._missing_N = np.zeros_like(self._warm_N) if logits.is_cuda else self._warm_N.copy()
 
-    def tokens(self, nodes: Sequence[int]) -> list[int]:
+    def tokens(self, nodes: NDArray[np.int64]) -> NDArray[np.int64]:
         """The tokens after `nodes`."""
-        missing = [n for n in nodes if n in self._missing]
-        if missing:
-            found = draw(self._logits[missing], [self._draws[n] for n in missing])
-            for n, token in zip(missing, found, strict=True):
-                self._tokens[n] = token
-            self._missing.difference_update(missing)
-        return [self._tokens[n] for n in nodes]
+        missing = nodes[self._missing_N[nodes]]
+        if len(missing):
+            self._tokens_N[missing] = draw(self._logits[torch.from_numpy(missing)], self._draws.of(missing))
+            self._missing_N[missing] = False
+        return self._tokens_N[nodes]
 
-    def chances(self, asked: Sequence[tuple[int, int]]) -> list[float]:
-        """For each (node, token), how likely the target was to follow the node with it.
+    def chances(self, nodes: NDArray[np.int64], tokens: NDArray[np.int64]) -> NDArray[np.float64]:
+        """How likely the target was to follow each of `nodes`, for which a token was drawn, with one of `tokens`.
 
         Of greedy rows, and on a GPU of all, whether it did: a second wait would cost more than the certainty is worth.
         """
-        chances = [float(self._tokens[node] == token) for node, token in asked]
-        warm = [i for i, (node, _) in enumerate(asked) if self._draws[node].sampling.temperature > 0.0]
-        if warm and not self._logits.is_cuda:
-            nodes = sorted({asked[i][0] for i in warm})
-            samplings = [self._draws[n].sampling for n in nodes]
-            scaled = self._logits[nodes].float() / torch.tensor([[s.temperature] for s in samplings])
-            scaled = torch.where(scaled >= thresholds(scaled, samplings)[:, None], scaled, float("-inf"))
-            at = torch.tensor([nodes.index(asked[i][0]) for i in warm])
-            logp = scaled[at, [asked[i][1] for i in warm]] - scaled.logsumexp(1)[at]
-            for i, chance in zip(warm, logp.exp().tolist(), strict=True):
-                chances[i] = chance
+        chances: NDArray[np.float64] = (self._tokens_N[nodes] == tokens).astype(np.float64)
+        warm = np.flatnonzero(self._warm_N[nodes])
+        if len(warm) and not self._logits.is_cuda:
+            asked, place = np.unique(nodes[warm], return_inverse=True)
+            draws = self._draws.of(asked)
+            scaled = self._logits[torch.from_numpy(asked)].float() / torch.from_numpy(draws.temperatures())[:, None]
+            scaled = torch.where(scaled >= thresholds(scaled, draws.samplings())[:, None], scaled, float("-inf"))
+            at = torch.from_numpy(place)
+            logp = scaled[at, torch.from_numpy(tokens[warm])] - scaled.logsumexp(1)[at]
+            chances[warm] = logp.exp().numpy()
         return chances
 
 
-def draw(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
+def draw(logits: torch.Tensor, draws: Draws) -> NDArray[np.int64]:
     """One token per row of `logits` [N, V]."""
-    if not draws:
-        return []
-    device = logits.device
-    noise = [position_words(d.key, d.position) if d.sampling.temperature > 0.0 else (0, 0) for d in draws]
-    words = upload(np.array(noise, np.int64).T.copy(), device)
-    temperature = upload(np.array([each.sampling.temperature for each in draws], np.float32), device)
+    if not len(logits):
+        return np.zeros(0, np.int64)
+    temperature_N, device = draws.temperatures(), logits.device
+    temperature = upload(temperature_N, device)
     least = torch.full_like(temperature, float("-inf"))
-    warm = [n for n, each in enumerate(draws) if each.sampling.temperature > 0.0]
-    if warm:
-        scaled = logits[warm].float() / temperature[warm, None]
-        least[warm] = thresholds(scaled, [draws[n].sampling for n in warm])
-    tokens: list[int] = gumbel_argmax(logits, temperature, least, *words).tolist()
+    warm = np.flatnonzero(temperature_N > 0.0)
+    if len(warm):
+        at = upload(warm, device)
+        scaled = logits[at].float() / temperature[at, None]
+        least[at] = thresholds(scaled, draws.of(warm).samplings())
+    tokens: NDArray[np.int64] = gumbel_argmax(logits, temperature, least, *upload(draws.words(), device)).cpu().numpy()
     return tokens
 
 
-def walk(trees: Sequence[RowTree], pick: Callable[[list[int], list[int]], list[int]]) -> list[Walk]:
+def walk(forest: Forest, pick: Callable[[NDArray[np.int64]], NDArray[np.int64]]) -> Walks:
     """Verify every row's tree.
 
-    `pick(rows, nodes)` samples from the target after `nodes[i]` of row `rows[i]`, one token each, by the draw for that
-    node's depth. It is asked only about nodes that are reached, once per depth.
+    `pick(nodes)` samples from the target after each of `nodes`. It is asked only about nodes that are reached, once per
+    depth.
     """
-    walks = [Walk([], []) for _ in trees]
-    node = [0] * len(trees)
-    alive = list(range(len(trees)))
-    while alive:
-        still = []
-        for r, token in zip(alive, pick(alive, [node[r] for r in alive]), strict=True):
-            walks[r].tokens.append(token)
-            child = trees[r].child(node[r], token)
-            if child is not None:
-                walks[r].path.append(child)
-                node[r] = child
-                still.append(r)
-        alive = still
-    return walks
+    depths = int(forest.depth_N.max(initial=0)) + 1
+    node_RD, token_RD = np.full((2, len(forest.start_R), depths), -1)
+    after_N = np.full(len(forest.row_N), -1)
+    node = forest.start_R
+    for depth in range(depths):
+        if not len(node):
+            break
+        row = forest.row_N[node]
+        node_RD[row, depth] = node
+        token_RD[row, depth] = after_N[node] = pick(node)
+        below = np.flatnonzero(forest.depth_N == depth + 1)
+        node = below[forest.token_N[below] == after_N[forest.parent_N[below]]]
+    return Walks(node_RD, token_RD)

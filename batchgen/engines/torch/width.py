@@ -8,7 +8,7 @@ Neither ever sees the noise that tokens are drawn with, so tokens do not depend 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -58,6 +58,17 @@ class Step:
     drafted: Drafted | None
 
 
+class Reached(NamedTuple):
+    """What a step tells of M candidates whose parents were kept: row of the draft, column, probability by the target.
+
+    Of what was verified, that is: every drafted child of a root, and of accepted nodes.
+    """
+
+    row: NDArray[np.int64]
+    column: NDArray[np.int64]
+    chance: NDArray[np.float64]
+
+
 class Width(Protocol):
     """Decides what each step drafts and verifies."""
 
@@ -70,8 +81,8 @@ class Width(Protocol):
     def keep(self, candidates: Candidates, caps: torch.Tensor, shape: Shape, ahead: Ahead) -> torch.Tensor:
         """The candidates to verify, bool [B, P] of B rows that drafted, each with its parent and none below `caps`."""
 
-    def spent(self, step: Step, reached: Sequence[tuple[int, int, float]]) -> None:
-        """Learn from a step: what it took, and (row, candidate, probability under the target) of judged candidates."""
+    def spent(self, step: Step, reached: Reached | None) -> None:
+        """Learn from a step: what it took, and what it tells if it drafted."""
 
     def report(self) -> dict[str, Any]:
         """What was expected and what came, for the job's summary."""
@@ -96,7 +107,7 @@ class FixedTree:
         """See `Width`."""
         return forest.likeliest(candidates, caps, shape.nodes)
 
-    def spent(self, step: Step, reached: Sequence[tuple[int, int, float]]) -> None:
+    def spent(self, step: Step, reached: Reached | None) -> None:
         """See `Width`."""
 
     def report(self) -> dict[str, Any]:
@@ -189,7 +200,7 @@ class AutoTree:
                 best, gain, self._even = chosen, found, True
         return best
 
-    def spent(self, step: Step, reached: Sequence[tuple[int, int, float]]) -> None:
+    def spent(self, step: Step, reached: Reached | None) -> None:
         """See `Width`."""
         self._num_steps += 1
         self._num_roots += step.rows
@@ -199,11 +210,10 @@ class AutoTree:
         drafted = step.drafted
         if drafted is not None:
             self._num_drafting += 1
-            if reached:
-                row, column, label = zip(*reached, strict=True)
+            if reached is not None:
                 features = (drafted.candidates.logp, drafted.candidates.rank, drafted.candidates.depth)
-                logp, rank, depth = (feature.numpy()[row, column] for feature in features)
-                if self._calibration.learn(logp, rank, depth, np.array(label)):
+                logp, rank, depth = (feature.numpy()[reached.row, reached.column] for feature in features)
+                if self._calibration.learn(logp, rank, depth, reached.chance):
                     self._schedule.revalue()
         # What a second is worth must be told by the clock that nodes are priced by: with costs that are all a third too
         # high, and tokens per real second, hardly a node would seem worth its price.

@@ -38,8 +38,10 @@ class Recording(TorchEngine):
         before = [list(self._rows[slot].tokens) for slot in slots]
         drafted, trees = super()._grow(slots)
         if drafted is not None:
-            for tokens, tree, logp in zip(before, trees, drafted.candidates.logp.tolist(), strict=True):
-                self.drafted.append((tokens, tree.tokens[1:], [logp[i] for i in tree.candidates]))
+            for row, (tokens, logp) in enumerate(zip(before, drafted.candidates.logp, strict=True)):
+                nodes = (trees.row_N == row) & (trees.depth_N > 0)
+                drafts = trees.token_N[nodes].tolist(), logp[trees.candidate_N[nodes]].tolist()
+                self.drafted.append((tokens, *drafts))
         return drafted, trees
 
 

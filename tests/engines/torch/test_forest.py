@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from batchgen.engines.torch import forest
-from batchgen.engines.torch.forest import Candidates, RowTree, Shape
+from batchgen.engines.torch.forest import Candidates, Forest, Shape
 
 
 @st.composite
@@ -44,26 +45,42 @@ def candidates(draw):
     return made, torch.tensor(caps), draw(st.integers(1, 20))
 
 
-@given(candidates())
-def test_a_tree_is_connected_ordered_and_the_likeliest_of_its_size(made):
+@given(candidates(), st.integers(0, 2))
+def test_a_tree_is_connected_ordered_and_the_likeliest_of_its_size(made, plain):
+    """Every row that drafts stands behind `plain` rows that do not."""
     pool, caps, nodes = made
-    for b, tree in enumerate(forest.trees(pool, forest.likeliest(pool, caps, nodes), [7] * len(caps))):
+    rows = range(plain, len(caps) * (plain + 1), plain + 1)
+    planted = Forest.of(pool, forest.likeliest(pool, caps, nodes), rows, list(range(7, 7 + rows.stop)))
+    assert planted.token_N[planted.start_R].tolist() == list(range(7, 7 + rows.stop))
+    assert planted.row_N.tolist() == np.repeat(range(rows.stop), planted.counts()).tolist()
+    assert (np.delete(planted.counts(), rows) == 1).all()
+    for b, row in enumerate(rows):
         usable = [i for i in range(pool.score.shape[1]) if pool.depth[b, i] <= caps[b]]
-        assert len(tree.tokens) - 1 == min(nodes, len(usable))
-        picked = [token - 100 for token in tree.tokens[1:]]
-        assert tree.candidates == picked
+        start, count = int(planted.start_R[row]), int(planted.counts()[row])
+        assert count - 1 == min(nodes, len(usable))
+        here = slice(start, start + count)
+        parents, depths, bits = (each[here].tolist() for each in (planted.parent_N, planted.depth_N, planted.bits_N))
+        assert (parents[0], depths[0], bits[0], planted.candidate_N[start]) == (-1, 0, 1, -1)
+        picked = (planted.token_N[here][1:] - 100).tolist()
+        assert planted.candidate_N[here][1:].tolist() == picked
         for node, candidate in enumerate(picked, 1):
             parent = int(pool.parent[b, candidate])
-            assert tree.parents[node] == (0 if parent < 0 else picked.index(parent) + 1)
-            assert tree.parents[node] < node, "a parent comes before its children"
-            assert tree.depths[node] == tree.depths[tree.parents[node]] + 1 <= caps[b]
-            assert tree.bits[node] == tree.bits[tree.parents[node]] | 1 << node, "sees its ancestors and itself only"
+            above = parents[node] - start
+            assert above == (0 if parent < 0 else picked.index(parent) + 1)
+            assert above < node, "a parent comes before its children"
+            assert depths[node] == depths[above] + 1 <= caps[b]
+            assert bits[node] == bits[above] | 1 << node, "sees its ancestors and itself only"
         best = sorted((float(pool.score[b, i]) for i in usable), reverse=True)[:nodes]
         assert sorted((float(pool.score[b, i]) for i in picked), reverse=True) == best
 
 
-def test_a_plain_step_is_a_tree_of_its_root():
-    assert forest.root_only([5]) == [RowTree([5], [0], [0], [1])]
+def test_a_plain_step_is_trees_of_their_roots():
+    roots = Forest.of_roots([5, 6])
+    assert roots.token_N.tolist() == [5, 6]
+    assert roots.counts().tolist() == roots.bits_N.tolist() == [1, 1]
+    assert roots.parent_N.tolist() == roots.candidate_N.tolist() == [-1, -1]
+    assert roots.row_N.tolist() == [0, 1]
+    assert roots.depth_N.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 64), (17, 4, 20)])

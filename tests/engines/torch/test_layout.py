@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchgen.engines.torch.layout import Heads, Layout, Tile
+from batchgen.engines.torch.layout import Heads, Layout, Tiles
 from batchgen_kernels.attend import tree_attend_reference
-from batchgen_kernels.tree_attention import tree_attention
+from batchgen_kernels.tree_attention import Span, tree_attention
 
 HEADS = Heads(6, 2, torch.float32, torch.device("cpu"))
 SLOTS, LENGTH, HEAD_SIZE = 40, 160, 8
@@ -18,19 +19,28 @@ SLOTS, LENGTH, HEAD_SIZE = 40, 160, 8
 @given(st.lists(st.integers(0, 3) | st.integers(0, 64), min_size=1, max_size=SLOTS).filter(any), st.randoms())
 def test_tiles_of_any_widths_are_dense_attention(counts, dice):
     """Counts of 0 are slots without a tile; a wide tile among narrow ones is computed in two parts."""
-    tiles, num = [], 0
-    for slot, count in enumerate(counts):
-        if count:
-            bits = [1]
-            for node in range(1, count):
-                bits.append(bits[dice.randrange(node)] | 1 << node)
-            prefix = dice.randrange(LENGTH - 64)
-            tiles.append(Tile(num, slot, prefix, bits, list(range(count)), [prefix] * count))
-            num += count
+    slots = np.flatnonzero(counts)
+    bits = []
+    for slot in slots:
+        own = [1]
+        for node in range(1, counts[slot]):
+            own.append(own[dice.randrange(node)] | 1 << node)
+        bits += own
+    prefix = np.array([dice.randrange(LENGTH - 64) for _ in slots])
+    num, count = len(bits), np.array(counts)[slots]
+    tiles = Tiles(slots, prefix, count, np.array(bits, np.uint64), np.zeros(num, np.int64))
     torch.manual_seed(0)
     q, k, v = torch.randn(num, 6, HEAD_SIZE), *torch.randn(2, SLOTS, 2, LENGTH, HEAD_SIZE)
     layout = Layout.of(tiles, [], HEADS)
-    rows = torch.tensor([(t.slot, t.start, len(t.bits), t.prefix) for t in tiles]).T
-    bits = torch.tensor([b - (b >> 63 << 64) for tile in tiles for b in tile.bits])
-    dense = tree_attend_reference(q, k, v, *rows, bits, 0.3, None, layout.position_N)
+    rows = (torch.from_numpy(each) for each in (slots, np.cumsum(count) - count, count, prefix))
+    seen = torch.tensor([b - (b >> 63 << 64) for b in bits])
+    dense = tree_attend_reference(q, k, v, *rows, seen, 0.3, None, layout.position_N)
     torch.testing.assert_close(tree_attention(q, k, v, layout.tiles, layout.spans, 0.3), dense)
+
+
+def test_chains_see_all_that_stands_before_them():
+    tiles = Tiles.chains([3, 0], [7, 5], [64, 2])
+    assert tiles.bits_N.tolist() == [*((2 << t) - 1 for t in range(64)), 1, 3]
+    layout = Layout.of(tiles, [Span(66, 68, 1, 9)], HEADS)
+    assert layout.slot_N.tolist() == [*[3] * 64, 0, 0, 1, 1]
+    assert layout.position_N.tolist() == layout.pool_position_N.tolist() == [*range(7, 71), 5, 6, 9, 10]

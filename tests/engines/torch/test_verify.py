@@ -13,18 +13,22 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare, kstest
 
 from batchgen.engines.torch import verify
-from batchgen.engines.torch.forest import RowTree
+from batchgen.engines.torch.forest import Forest
 from batchgen.record import Sampling
 from batchgen_kernels.gumbel import gumbel_noise
 
 
-def tree_of(parents: list[int], tokens: list[int]) -> RowTree:
-    """A tree of the given parents (of nodes 1, 2, ...) and tokens; the root's own token never matters."""
+def tree_of(parents: list[int], tokens: list[int], rows: int = 1) -> Forest:
+    """Rows with one tree of the given parents (of nodes 1, 2, ...) and tokens; a root's own token never matters."""
     depths, bits = [0], [1]
     for i, parent in enumerate(parents, 1):
         depths.append(depths[parent] + 1)
         bits.append(bits[parent] | 1 << i)
-    return RowTree([0, *tokens], [0, *parents], depths, bits)
+    size = len(depths)
+    start, row = size * np.arange(rows), np.repeat(np.arange(rows), size)
+    parent = np.where(np.tile(depths, rows) == 0, -1, np.tile([0, *parents], rows) + start[row])
+    token, depth, place = (np.tile(each, rows) for each in ([0, *tokens], depths, [-1, *range(size - 1)]))
+    return Forest(start, row, token, depth, parent, place, np.tile(np.array(bits, np.uint64), rows))
 
 
 def small_trees(vocabulary: int, nodes: int):
@@ -42,14 +46,14 @@ def target(context: tuple[int, ...], vocabulary: int) -> list[Fraction]:
     return [Fraction(w, total) for w in weights] if total else [Fraction(1, vocabulary)] * vocabulary
 
 
-def path_to(tree: RowTree, node: int) -> tuple[int, ...]:
+def path_to(tree: Forest, node: int) -> tuple[int, ...]:
     path: tuple[int, ...] = ()
     while node:
-        path, node = (tree.tokens[node], *path), tree.parents[node]
+        path, node = (int(tree.token_N[node]), *path), int(tree.parent_N[node])
     return path
 
 
-def emitted(tree: RowTree, vocabulary: int) -> dict[tuple[int, ...], Fraction]:
+def emitted(tree: Forest, vocabulary: int) -> dict[tuple[int, ...], Fraction]:
     """The exact distribution of a step's tokens: `verify.walk` run on every sequence of draws."""
     found: dict[tuple[int, ...], Fraction] = {}
     scripts: list[tuple[list[int], Fraction]] = [([], Fraction(1))]
@@ -57,16 +61,17 @@ def emitted(tree: RowTree, vocabulary: int) -> dict[tuple[int, ...], Fraction]:
         script, p = scripts.pop()
         asked: list[int] = []
 
-        def pick(rows: list[int], nodes: list[int], script=script, asked=asked) -> list[int]:
-            asked.append(nodes[0])
-            return [script[len(asked) - 1] if len(asked) <= len(script) else -1]
+        def pick(nodes: np.ndarray, script=script, asked=asked) -> np.ndarray:
+            asked.append(int(nodes[0]))
+            return np.array([script[len(asked) - 1] if len(asked) <= len(script) else -1])
 
-        [walked] = verify.walk([tree], pick)
+        walked = verify.walk(tree, pick)
         if len(asked) > len(script):
             weights = target(path_to(tree, asked[-1]), vocabulary)
             scripts += [([*script, v], p * w) for v, w in enumerate(weights) if w]
         else:
-            found[tuple(walked.tokens)] = found.get(tuple(walked.tokens), Fraction(0)) + p
+            tokens = tuple(walked.token_RD[0, : walked.lengths()[0]].tolist())
+            found[tokens] = found.get(tokens, Fraction(0)) + p
     return found
 
 
@@ -99,22 +104,19 @@ def test_sampled_trees_follow_the_targets_distribution(seed, sampling):
     vocabulary, rows = 6, 4000
     table = torch.from_numpy(rng.normal(scale=1.5, size=(vocabulary + 1, vocabulary))).float()
     children = rng.permutation(vocabulary)[:3].tolist()
-    tree = tree_of([0, 0, 0, 1, 1, 2], [*children, *rng.permutation(vocabulary)[:2].tolist(), 4])
-    context = [vocabulary, *tree.tokens[1:]]  # a node's distribution depends on its token alone
-
+    trees = tree_of([0, 0, 0, 1, 1, 2], [*children, *rng.permutation(vocabulary)[:2].tolist(), 4], rows)
+    context = np.where(trees.depth_N == 0, vocabulary, trees.token_N)  # a node's distribution depends on it alone
     keys = [verify.noise_key(f"{seed} {row}") for row in range(rows)]
 
-    def draws(rows_asked: list[int], at: list[int], ahead: list[int]) -> list[int]:
-        wanted = [verify.Draw(sampling, keys[r], a) for r, a in zip(rows_asked, ahead, strict=True)]
-        return verify.draw(table[torch.tensor(at)], wanted)
+    def draw(at: np.ndarray, row: np.ndarray, depth: np.ndarray) -> np.ndarray:
+        draws = verify.Draws([sampling] * rows, keys, np.zeros(rows, np.int64), row, depth)
+        return verify.draw(table[torch.from_numpy(at)], draws)
 
-    walks = verify.walk(
-        [tree] * rows,
-        lambda alive, nodes: draws(alive, [context[n] for n in nodes], [tree.depths[n] for n in nodes]),
-    )
-    short = [r for r, w in enumerate(walks) if len(w.tokens) < 2]
-    second = dict(zip(short, draws(short, [walks[r].tokens[0] for r in short], [1] * len(short)), strict=True))
-    pairs = [(w.tokens[0], second[r] if r in second else w.tokens[1]) for r, w in enumerate(walks)]
+    walks = verify.walk(trees, lambda nodes: draw(context[nodes], trees.row_N[nodes], trees.depth_N[nodes]))
+    first, second = walks.token_RD[:, 0], walks.token_RD[:, 1]
+    short = np.flatnonzero(walks.lengths() < 2)
+    second[short] = draw(first[short], short, np.ones_like(short))
+    pairs = zip(first.tolist(), second.tolist(), strict=True)
 
     def p_of(logits: torch.Tensor) -> np.ndarray:
         """Temperature, top-k and top-p written out by sorting; no ties in these logits."""
@@ -187,8 +189,9 @@ def test_survivors_are_the_smallest_likeliest_set(logits, temperature, top_k, to
 
 def test_temperature_zero_is_the_argmax():
     logits = torch.randn(50, 100, generator=torch.Generator().manual_seed(0))
-    draws = [verify.Draw(Sampling(), verify.noise_key(str(i)), 0) for i in range(50)]
-    assert verify.draw(logits, draws) == logits.argmax(-1).tolist()
+    keys, row = [verify.noise_key(str(i)) for i in range(50)], np.arange(50)
+    draws = verify.Draws([Sampling()] * 50, keys, 0 * row, row, 0 * row)
+    assert verify.draw(logits, draws).tolist() == logits.argmax(-1).tolist()
 
 
 def test_a_flat_distribution_keeps_more_than_the_first_guess():
