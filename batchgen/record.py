@@ -186,7 +186,9 @@ class Acceptance:
         place = (position // STRETCH_TOKENS).bit_length()
         while len(self.by_position) <= place:
             self.by_position.append(Stretch())
-        self.by_position[place] += Stretch(1, int(drafted > 0), drafted, accepted)
+        steps, drafting, all_drafted, all_accepted = self.by_position[place]
+        counts = (steps + 1, drafting + (drafted > 0), all_drafted + drafted, all_accepted + accepted)
+        self.by_position[place] = Stretch(*counts)
 
 
 @dataclasses.dataclass(slots=True)

@@ -62,6 +62,9 @@ class Row:
     def take_pending(self, num: int) -> list[torch.Tensor]:
         """The features of the next `num` draft slots, side by side; these count as written from here on."""
         self.draft_len += num
+        if len(self.pending) == 1 and len(self.pending[0]) == num:
+            taken, self.pending = self.pending, []
+            return taken
         taken = []
         while num:
             first = self.pending.pop(0)
