@@ -70,11 +70,9 @@ def select(
     return chosen.reshape(num_candidates, num_rows).T
 
 
-def even(path: NDArray[np.float32], num_nodes: int) -> NDArray[np.bool_] | None:
-    """The `num_nodes` likeliest of each row's candidates, `path` as in `select`; None where a row has fewer."""
-    if not ((path > 0).sum(1) >= num_nodes).all():
-        return None
-    return _rank_in_row(path) < num_nodes
+def even(path: NDArray[np.float32], num_nodes: int) -> NDArray[np.bool_]:
+    """The `num_nodes` likeliest of each row's candidates, `path` as in `select`; all that it has where it has fewer."""
+    return (_rank_in_row(path) < num_nodes) & (path > 0)
 
 
 def best_ratio(gains: NDArray[np.float64], seconds: NDArray[np.float64]) -> float:

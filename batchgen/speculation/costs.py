@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 T = TypeVar("T")
-M = TypeVar("M", float, "NDArray[Any]")
 N = TypeVar("N", float, "NDArray[Any]")
 
 # How far a pass of the target moves all points, in log seconds per log ratio: mostly it is the machine whose speed
@@ -133,18 +132,14 @@ class Costs:
         for other in (self.level, self.extend):
             other.scale(drift)
 
-    def step(
-        self, *, rows: int, extend_tokens: M, level_tokens: Sequence[int], nodes: N, context: int, even: bool = False
-    ) -> N:
+    def step(self, *, rows: int, extend_tokens: int, level_tokens: Sequence[int], nodes: N, context: int) -> N:
         """Seconds of a step that verifies `nodes`, the `rows` roots among them, or of one step for each count.
 
-        `extend_tokens` may be an array only with `nodes`; 0 of them and no `level_tokens` make a plain step. `even`:
-        of rows that have as many nodes each.
+        No `extend_tokens` and no `level_tokens` make a plain step.
         """
         assert np.min(nodes) >= rows, "every row verifies at least its root"
         levels = float(self.level(np.array(level_tokens), context).sum())
-        verify = self.verify(nodes, context) * (self.even if even else 1.0)
-        seconds: Any = self.extend(extend_tokens, context) + levels + verify + self.fixed
+        seconds: Any = self.extend(extend_tokens, context) + levels + self.verify(nodes, context) + self.fixed
         return cast("N", seconds)
 
 

@@ -230,6 +230,7 @@ class Schedule:
     def revalue(self) -> None:
         """The calibration has changed: value what is recorded anew when the next question comes up."""
         self._seen.revalue()
+        self._forecasts.clear()
 
     def choose(self, ahead: Ahead) -> Promise:
         """What is worth most, as far as promises were kept; plain where nothing is worth `MARGIN` times as much.
@@ -272,16 +273,14 @@ class Schedule:
     def _promise(self, shape: Draft, ahead: Ahead) -> Promise:
         """What `shape` promises with the best number of verified nodes, in uneven trees or in even ones."""
         rows, context, extend = ahead.rows, ahead.context, self._costs.extend
-        ways = [(False, *self._seen.tokens(shape.depth, shape.width, rows, shape.floor))]
+        nodes, tokens = self._seen.tokens(shape.depth, shape.width, rows, shape.floor)
+        verify = self._costs.verify(nodes, context)
         if rows > 1 and self._costs.even < 1.0:
-            ways.append((True, *self._seen.even_tokens(shape.depth, shape.width, rows, shape.floor)))
-        tokens = np.concatenate([found for _, _, found in ways])
+            nodes, alike = self._seen.even_tokens(shape.depth, shape.width, rows, shape.floor)
+            tokens = np.concatenate([tokens, alike])
+            verify = np.concatenate([verify, self._costs.even * self._costs.verify(nodes, context)])
         fed = tokens + rows * self._arriving
-        verify = [
-            self._costs.step(rows=rows, extend_tokens=0, level_tokens=[], nodes=nodes, context=context, even=even)
-            for even, nodes, _ in ways
-        ]
-        step = np.concatenate(verify) + extend(fed, context) + self._levels_s(shape, rows, context)
+        step = verify + self._costs.fixed + extend(fed, context) + self._levels_s(shape, rows, context)
         debt = np.maximum(extend(sum(ahead.pending), context) - extend(fed, context), 0.0)
         repaying = step + debt / np.clip(_left(ahead) * rows / tokens, 1, REPAY_STEPS)
         plain_steps = tokens / rows * self._plain_s(ahead) * self._outcomes.slower(rows)

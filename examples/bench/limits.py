@@ -39,7 +39,7 @@ from batchgen.speculation.schedule import CHILDREN, PLAIN, SHAPES, Draft
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from batchgen.engines.torch.width import Step
+    from batchgen.engines.torch.width import Reached, Step
     from batchgen.record import Request
     from batchgen.speculation.costs import Costs
 
@@ -55,14 +55,13 @@ class Watch(FixedTree):
         super().__init__(WIDEST)
         self.ranks: list[list[int]] = []
 
-    def spent(self, step: Step, reached: Sequence[tuple[int, int, float]]) -> None:
+    def spent(self, step: Step, reached: Reached | None) -> None:
         """See `width.Width`; rows are greedy, so a chance is 0 or 1."""
-        if step.drafted is None:
+        if step.drafted is None or reached is None:
             return
         found: list[list[int]] = [[] for _ in step.drafted.rows]
-        for row, column, chance in reached:
-            if chance == 1.0:
-                found[row].append(int(step.drafted.candidates.rank[row, column]))
+        for row, column in zip(reached.row[reached.chance == 1], reached.column[reached.chance == 1], strict=True):
+            found[row].append(int(step.drafted.candidates.rank[row, column]))
         self.ranks += found
 
 

@@ -122,7 +122,7 @@ class DrawnEngine(TorchEngine):
         first = np.searchsorted(parent, parent)
         before = up_to[first] - chance[first]
         dice = before + self.dice.random(len(trees.row_N))[parent]
-        sampled.follow(np.unique(parent), np.full(len(np.unique(parent)), self.never_drafted))
+        sampled.follow(parent, np.full(len(parent), self.never_drafted))
         hit = (up_to > dice) & (up_to - chance <= dice)
         sampled.follow(parent[hit], trees.token_N[child[hit]])
         return sampled

@@ -8,7 +8,15 @@ rounds of the 32-bit finaliser of MurmurHash3 instead of Philox: no state, no or
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any, TypeVar
+
 import torch
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+W = TypeVar("W", int, "NDArray[np.uint64]")
 
 _M32 = 0xFFFFFFFF
 _M64 = 0xFFFFFFFFFFFFFFFF
@@ -16,9 +24,12 @@ _GOLDEN32 = 0x9E3779B1
 _GOLDEN64 = 0x9E3779B97F4A7C15
 
 
-def position_words(key: int, position: int) -> tuple[int, int]:
-    """Two 32-bit words for one (64-bit key, output position): splitmix64 of their sum (Steele et al., OOPSLA 2014)."""
-    z = (key + (position + 1) * _GOLDEN64) & _M64
+def position_words(key: W, position: W) -> tuple[W, W]:
+    """Two 32-bit words for a (64-bit key, output position): splitmix64 of their sum (Steele et al., OOPSLA 2014).
+
+    Of arrays of both, uint64, an array of each word.
+    """
+    z: Any = (key + (position + 1) * _GOLDEN64) & _M64
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _M64
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _M64
     z ^= z >> 31

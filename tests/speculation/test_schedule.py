@@ -174,7 +174,8 @@ def test_drafting_resumes_when_it_repays_the_catch_up_in_time():
     schedule = Schedule(CHEAP)
     schedule.record(*pools(0, 8, 4, 6), 4)
     nodes, tokens = schedule._seen.tokens(6, 4, 8)
-    step = CHEAP.step(rows=8, extend_tokens=tokens, level_tokens=Draft(6, 4).level_tokens(8), nodes=nodes, context=100)
+    step = CHEAP.step(rows=8, extend_tokens=0, level_tokens=Draft(6, 4).level_tokens(8), nodes=nodes, context=100)
+    step += CHEAP.extend(tokens, 100)
     plain_s = CHEAP.verify(8, 100) + CHEAP.fixed
     # Seconds of catching up that the largest shape may bear at each of its next steps, and tokens at 1 us each.
     spare_s = (tokens * plain_s / (MARGIN * 8) - step).max()

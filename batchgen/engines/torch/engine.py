@@ -269,9 +269,8 @@ class TorchEngine:
         place = node - trees.start_R[row]
         moved = place != depth
         if moved.any():
-            slot = np.array(slots)[row[moved]]
             prefix = np.array([self._rows[slot].seen for slot in slots])[row[moved]]
-            columns = (slot, prefix + place[moved], prefix + depth[moved])
+            columns = (np.array(slots)[row[moved]], prefix + place[moved], prefix + depth[moved])
             self._slots.pools[0].compact(*(self._upload(column) for column in columns))
         rows = [self._rows[slot] for slot in (*slots, *(span.slot for span in spans))]
         nums = [*walks.lengths().tolist(), *(span.stop - span.start for span in spans)]
@@ -286,16 +285,16 @@ class TorchEngine:
 
     def _count(self, rows: list[Row], trees: Forest, walks: verify.Walks) -> None:
         """Append what the step gave `rows`, and count what speculation did for it."""
-        deepest = np.maximum.reduceat(trees.depth_N, trees.start_R).tolist() if rows else []
-        found = (trees.counts().tolist(), deepest, walks.lengths().tolist(), walks.token_RD.tolist())
-        for row, num_nodes, depths, num, tokens in zip(rows, *found, strict=True):
+        depths = np.maximum.reduceat(trees.depth_N, trees.start_R).tolist() if rows else []
+        emitted = (walks.lengths().tolist(), walks.token_RD.tolist())
+        for row, num_nodes, deepest, num, tokens in zip(rows, trees.counts().tolist(), depths, *emitted, strict=True):
             stats, num_drafted, position = row.acceptance, num_nodes - 1, row.num_output
             stats.target_steps += 1
             stats.draft_steps += num_drafted > 0
             stats.draft_tokens += num_drafted
             num_kept = min(num - 1, self._append(row, tokens[:num]))
             stats.note(position, num_drafted, num_kept)
-            stats.accepted_per_depth += [0] * (depths - len(stats.accepted_per_depth))
+            stats.accepted_per_depth += [0] * (deepest - len(stats.accepted_per_depth))
             for depth in range(num_kept):
                 stats.accepted_per_depth[depth] += 1
 
@@ -323,7 +322,7 @@ def _draws(rows: Sequence[Row], trees: Forest) -> verify.Draws:
     begun = np.arange(len(trees.start_R), len(rows))
     return verify.Draws(
         [row.request.sampling for row in rows],
-        [row.key for row in rows],
+        np.array([row.key for row in rows], np.uint64),
         np.array([row.num_output for row in rows], np.int64),
         np.concatenate([trees.row_N, begun]),
         np.concatenate([trees.depth_N, 0 * begun]),

@@ -57,9 +57,9 @@ class Shape:
 class Forest:
     """The trees of R rows side by side, N nodes in all: a row's root before its other nodes, parents before children.
 
-    start_R: the roots, of which each begins its row's nodes
+    start_R: places of the roots among all nodes
     row_N, token_N, depth_N: a node's row, token and levels below its root
-    parent_N: a node's parent, -1 of a root; candidate_N: its `Candidates` column, -1 of a root
+    parent_N: place of its parent among all nodes, -1 of a root; candidate_N: its `Candidates` column, -1 of a root
     bits_N: uint64, bit j is set of a node that is the j-th of its row or descends from it
     """
 
@@ -83,7 +83,10 @@ class Forest:
 
     @staticmethod
     def of(candidates: Candidates, kept: torch.Tensor, rows: Sequence[int], roots: Sequence[int]) -> Forest:
-        """Trees on the tokens `roots`; those of `rows`, rising, with the `kept` candidates, none without its parent."""
+        """Trees on the tokens `roots` [R], those of `rows`, B rising ones, with their `kept` candidates, bool [B, P].
+
+        None may be kept without its parent.
+        """
         place, column = np.nonzero(kept.numpy())
         count_R = 1 + np.bincount(np.array(rows, np.int64)[place], minlength=len(roots))
         start_R, num_nodes = np.cumsum(count_R) - count_R, int(count_R.sum())
@@ -91,10 +94,11 @@ class Forest:
         token_N, depth_N, parent_N, candidate_N = (np.full(num_nodes, value) for value in (0, 0, -1, -1))
         token_N[start_R], token_N[node] = roots, candidates.token.numpy()[place, column]
         depth_N[node], candidate_N[node] = candidates.depth.numpy()[place, column], column
-        nodes = np.empty((len(rows), kept.shape[1] + 1), np.int64)
+        nodes = np.full((len(rows), kept.shape[1] + 1), -1)
         nodes[:, -1] = start_R[rows]  # where a parent of -1 finds it
         nodes[place, column] = node
         parent_N[node] = nodes[place, candidates.parent.numpy()[place, column]]
+        assert (parent_N[node] >= 0).all(), "a node is kept without its parent"
         bits_N = np.left_shift(np.uint64(1), (np.arange(num_nodes) - start_R[row_N]).astype(np.uint64))
         for level in range(1, int(depth_N.max()) + 1):
             at = np.flatnonzero(depth_N == level)
@@ -214,7 +218,7 @@ def grow(
 
 def likeliest(candidates: Candidates, depth_caps: torch.Tensor, nodes: int) -> torch.Tensor:
     """Each row's `nodes` likeliest candidates no deeper than `depth_caps` [B], bool [B, P]; parents always included."""
-    usable = candidates.depth <= depth_caps[:, None]
+    usable = (candidates.depth <= depth_caps[:, None]) & candidates.score.isfinite()
     order = candidates.score.masked_fill(~usable, float("-inf")).sort(dim=-1, descending=True, stable=True).indices
     kept = torch.zeros_like(usable).scatter_(1, order[:, :nodes], True)
     return kept & usable

@@ -27,9 +27,10 @@ SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 25
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tiles:
-    """Up to 64 tree tokens of each of R rows, packed one row after the other from 0 on; the N of them on the host.
+    """The N tree tokens of R rows, at least one, on the host: they stand at 0 to N - 1 of a pass, row after row.
 
-    slot_R, prefix_R, count_R: int64; token t of row r has its own key at pool column prefix_R[r] + t
+    slot_R, prefix_R: int64; token t of row r has its own key at pool column prefix_R[r] + t
+    count_R: int64, how many tokens are of each row, 1 to 64
     bits_N: uint64, has bit c set when the token sees pool column prefix + c
     ahead_N: int64, the token's rotary position less its row's prefix
     """

@@ -23,7 +23,8 @@ class Row:
 
     `tokens` holds prompt and output. The target's pool holds the first `seen` of them. A row decodes when all but the
     last, the *root*, are in the pool; before that its prompt is being read. The draft's pool holds `draft_len` slots,
-    and `pending` the target features of the slots from there up to `seen`, for the draft to catch up on.
+    and `pending` the target features of the slots from there up to `seen`, for the draft to catch up on; only the last
+    of these may be a view.
     """
 
     request: Request
@@ -51,7 +52,7 @@ class Row:
         return len(self.tokens) - (self.num_output > 0) - self.seen
 
     def hold(self, features: torch.Tensor) -> None:
-        """Keep the features of further slots for the draft, a view of what a step gave all rows.
+        """Keep the features of n further slots [n, sum H] for the draft, a view of what a step gave all rows.
 
         What is not taken until the next ones come is copied: one row would keep all the others' alive.
         """
@@ -60,17 +61,15 @@ class Row:
         self.pending.append(features)
 
     def take_pending(self, num: int) -> list[torch.Tensor]:
-        """The features of the next `num` draft slots, side by side; these count as written from here on."""
+        """The features of the next `num` draft slots, [n, sum H] each; these count as written from here on."""
         self.draft_len += num
-        if len(self.pending) == 1 and len(self.pending[0]) == num:
-            taken, self.pending = self.pending, []
-            return taken
         taken = []
         while num:
             first = self.pending.pop(0)
             if len(first) > num:
                 self.pending.insert(0, first[num:].clone())
-            taken.append(first[:num])
+                first = first[:num]
+            taken.append(first)
             num -= len(taken[-1])
         return taken
 

@@ -34,12 +34,13 @@ _NUCLEUS_GUESS = 1024
 class Draws:
     """How to draw the tokens after N nodes of R rows.
 
-    sampling_R, key_R: a row's sampling and noise key; position_R: 0-based output position of what follows its root
+    sampling_R: a row's sampling; key_R: uint64, its noise key
+    position_R: 0-based output position of what follows its root
     row_N, depth_N: a node's row and levels below its root
     """
 
     sampling_R: Sequence[Sampling]
-    key_R: Sequence[int]
+    key_R: NDArray[np.uint64]
     position_R: NDArray[np.int64]
     row_N: NDArray[np.int64]
     depth_N: NDArray[np.int64]
@@ -59,9 +60,9 @@ class Draws:
     def words(self) -> NDArray[np.int64]:
         """The noise of each node, int64 [2, N]: 0 of greedy ones, which have none."""
         words = np.zeros((2, len(self.row_N)), np.int64)
-        position_N = (self.position_R[self.row_N] + self.depth_N).tolist()
-        for n in np.flatnonzero(self.temperatures() > 0.0).tolist():
-            words[:, n] = position_words(self.key_R[self.row_N[n]], position_N[n])
+        warm = np.flatnonzero(self.temperatures() > 0.0)
+        row = self.row_N[warm]
+        words[:, warm] = position_words(self.key_R[row], (self.position_R[row] + self.depth_N[warm]).astype(np.uint64))
         return words
 
 
@@ -69,8 +70,8 @@ class Draws:
 class Walks:
     """What one step gives R rows: the nodes that are reached and the token that follows each, by depth.
 
-    `node_RD` and `token_RD` [R, D]: the root and what follows it, the node that carries it and what follows that, and
-    so on; -1 where a row has left its tree. A row emits its tokens, and keeps its nodes.
+    `node_RD` and `token_RD` [R, D]: the root, as a place among all N nodes, and what follows it; the node that carries
+    it and what follows that; and so on. -1 where a row has left its tree. A row emits its tokens, and keeps its nodes.
     """
 
     node_RD: NDArray[np.int64]
@@ -96,14 +97,14 @@ def thresholds(scaled: torch.Tensor, samplings: Sequence[Sampling]) -> torch.Ten
     """
     vocab = scaled.shape[1]
     least = scaled.new_full((len(scaled),), float("-inf"))
-    ks = [min(s.top_k or vocab, vocab) for s in samplings]
-    limited = [n for n, s in enumerate(samplings) if ks[n] < vocab or s.top_p < 1.0]
-    if limited:
-        at = torch.tensor(limited, device=scaled.device)
-        k = torch.tensor([ks[n] for n in limited], device=scaled.device)[:, None]
-        p = torch.tensor([samplings[n].top_p for n in limited], device=scaled.device)[:, None]
+    ks = np.array([min(s.top_k or vocab, vocab) for s in samplings], np.int64)
+    ps = np.array([s.top_p for s in samplings], np.float32)
+    limited = np.flatnonzero((ks < vocab) | (ps < 1.0))
+    if len(limited):
+        at, k, p = (upload(each, scaled.device) for each in (limited, ks[limited], ps[limited]))
+        k, p = k[:, None], p[:, None]
         # A GPU sorts everything sooner than it can be asked whether a part was enough.
-        largest = max((ks[n] for n in limited if ks[n] < vocab), default=0)
+        largest = int(ks[limited].max(initial=0, where=ks[limited] < vocab))
         guess = vocab if scaled.is_cuda else min(vocab, max(_NUCLEUS_GUESS, largest))
         least[at] = _least_survivor(scaled[at], k, p, guess)
     return least
@@ -135,7 +136,7 @@ class Sampled:
         self._logits, self._draws = logits, draws
         self._warm_N = draws.temperatures() > 0.0
         self._tokens_N = draw(logits, draws) if logits.is_cuda else logits.argmax(-1).numpy()
-        self._missing_N = np.zeros_like(self._warm_N) if logits.is_cuda else self._warm_N.copy()
+        self._missing_N = self._warm_N & (not logits.is_cuda)
 
     def tokens(self, nodes: NDArray[np.int64]) -> NDArray[np.int64]:
         """The tokens after `nodes`."""

@@ -73,7 +73,7 @@ class Width(Protocol):
     """Decides what each step drafts and verifies."""
 
     def plan(self, ahead: Ahead) -> tuple[Shape, Sequence[int]] | None:
-        """What to draft, and for which rows; None for a plain step."""
+        """What to draft, and for which rows, rising; None for a plain step."""
 
     def accepted(self, level: Candidates, caps: torch.Tensor) -> torch.Tensor:
         """How likely each candidate of a level [B, P] is kept once its parent is; asked where a shape has a floor."""
@@ -82,7 +82,7 @@ class Width(Protocol):
         """The candidates to verify, bool [B, P] of B rows that drafted, each with its parent and none below `caps`."""
 
     def spent(self, step: Step, reached: Reached | None) -> None:
-        """Learn from a step: what it took, and what it tells if it drafted."""
+        """Learn from a step: what it took, and, of one that drafted, what it tells."""
 
     def report(self) -> dict[str, Any]:
         """What was expected and what came, for the job's summary."""
@@ -192,9 +192,7 @@ class AutoTree:
         gain = float(path[uneven].sum()) - throughput * self.costs.verify(rows + int(uneven.sum()), context)
         for num_nodes in range(1, budget.MOST_EVEN + 1):
             chosen = budget.even(path, num_nodes)
-            if chosen is None:
-                break
-            seconds = self.costs.even * self.costs.verify(rows * (1 + num_nodes), context)
+            seconds = self.costs.even * self.costs.verify(rows + int(chosen.sum()), context)
             found = float(path[chosen].sum()) - throughput * seconds
             if found > gain:
                 best, gain, self._even = chosen, found, True

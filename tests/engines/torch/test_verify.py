@@ -15,7 +15,7 @@ from scipy.stats import chisquare, kstest
 from batchgen.engines.torch import verify
 from batchgen.engines.torch.forest import Forest
 from batchgen.record import Sampling
-from batchgen_kernels.gumbel import gumbel_noise
+from batchgen_kernels.gumbel import gumbel_noise, position_words
 
 
 def tree_of(parents: list[int], tokens: list[int], rows: int = 1) -> Forest:
@@ -106,7 +106,7 @@ def test_sampled_trees_follow_the_targets_distribution(seed, sampling):
     children = rng.permutation(vocabulary)[:3].tolist()
     trees = tree_of([0, 0, 0, 1, 1, 2], [*children, *rng.permutation(vocabulary)[:2].tolist(), 4], rows)
     context = np.where(trees.depth_N == 0, vocabulary, trees.token_N)  # a node's distribution depends on it alone
-    keys = [verify.noise_key(f"{seed} {row}") for row in range(rows)]
+    keys = np.array([verify.noise_key(f"{seed} {row}") for row in range(rows)], np.uint64)
 
     def draw(at: np.ndarray, row: np.ndarray, depth: np.ndarray) -> np.ndarray:
         draws = verify.Draws([sampling] * rows, keys, np.zeros(rows, np.int64), row, depth)
@@ -154,6 +154,9 @@ def test_noise_is_standard_gumbel_and_independent_over_keys_positions_and_tokens
 
 @given(st.integers(0, 2**64 - 1), st.integers(0, 10**6), st.lists(st.integers(0, 300_000), min_size=1, max_size=20))
 def test_noise_is_finite_and_a_function_of_its_key_alone(key, position, tokens):
+    each = position_words(np.array([key, 0], np.uint64), np.array([position, 1], np.uint64))
+    one_by_one = zip(position_words(key, position), position_words(0, 1), strict=True)
+    assert [word.tolist() for word in each] == [list(words) for words in one_by_one]
     noise = gumbel_noise(key, position, torch.tensor(tokens))
     assert noise.isfinite().all()
     one_by_one = torch.cat([gumbel_noise(key, position, torch.tensor([token])) for token in tokens])
@@ -189,7 +192,7 @@ def test_survivors_are_the_smallest_likeliest_set(logits, temperature, top_k, to
 
 def test_temperature_zero_is_the_argmax():
     logits = torch.randn(50, 100, generator=torch.Generator().manual_seed(0))
-    keys, row = [verify.noise_key(str(i)) for i in range(50)], np.arange(50)
+    keys, row = np.arange(50, dtype=np.uint64), np.arange(50)
     draws = verify.Draws([Sampling()] * 50, keys, 0 * row, row, 0 * row)
     assert verify.draw(logits, draws).tolist() == logits.argmax(-1).tolist()
 
