@@ -77,8 +77,8 @@ def main() -> None:
     for share in map(float, args.shares.split(",")):
         head = train(args.job, share, args.target, args.to, [f"--epochs={args.epochs}", *args.trainer])
         facts = json.loads((args.to / f"set-{share:g}" / "export.json").read_text())
-        size = {"share": share, "set_rows": facts["rows"], "target_tokens": facts["target_tokens"]}
-        results += [row | size for row in judge(str(head), str(args.to / "judged"), [f"model.target={args.target}"])]
+        about = {"head": head.name, "share": share, "set_rows": facts["rows"], "target_tokens": facts["target_tokens"]}
+        results += [row | about for row in judge(str(head), str(args.to / "judged"), [f"model.target={args.target}"])]
         (args.to / "scaling.json").write_text(json.dumps({"results": results}, indent=1) + "\n")
     plot(results, args.to / "scaling.png")
     print(f"results: {args.to / 'scaling.json'}, {args.to / 'scaling.png'}")
