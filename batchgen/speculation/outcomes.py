@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 from batchgen.speculation.costs import bounded, power_of_two
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from batchgen.speculation.schedule import Draft
 
 # Steps that stand for promises kept before anything was seen; of few rows more, since one row gives a token or five.
@@ -59,11 +61,12 @@ class Outcomes:
         """How many times as long as foretold a plain step takes."""
         return self._slower.get(power_of_two(rows), (FIRST_STEPS, 1.0))[1]
 
-    def kept(self, rows: int, draft: Draft) -> float:
-        """What is to be expected of `draft`, as a share of what is promised."""
-        sums = self._sums.get(power_of_two(rows), {})
-        shared = _quotient(sums.get(None), _trusted(rows), 1.0)
-        return _quotient(sums.get(draft), _trusted(rows), max(shared, shared**TAKEN_FOR))
+    def kept(self, rows: int) -> Callable[[Draft], float]:
+        """What is to be expected of a draft, as a share of what is promised."""
+        sums, trusted = self._sums.get(power_of_two(rows), {}), _trusted(rows)
+        shared = _quotient(sums.get(None), trusted, 1.0)
+        otherwise = max(shared, shared**TAKEN_FOR)
+        return lambda draft: _quotient(sums.get(draft), trusted, otherwise)
 
     def _fade(self, rows: int) -> None:
         sums = self._sums.get(power_of_two(rows), {})

@@ -241,8 +241,10 @@ class Schedule:
             return _NOTHING
         self._choices += 1
 
+        kept = self._outcomes.kept(ahead.rows)
+
         def worth(promise: Promise) -> float:
-            return promise.worth * self._outcomes.kept(ahead.rows, promise.draft)
+            return promise.worth * kept(promise.draft)
 
         best = max(self._foretold(self._of_use(ahead.rows, max(ahead.caps)), ahead), key=worth, default=_NOTHING)
         return dataclasses.replace(best, worth=worth(best)) if worth(best) > MARGIN else _NOTHING

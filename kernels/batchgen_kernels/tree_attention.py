@@ -68,15 +68,13 @@ class Block:
 class Padded:
     """All tiles of a pass as torch's SDPA takes them: P padded queries in blocks of slots.
 
-    token_P: packed index of each padded query, padding points at packed token 0; None where it is its own place
-    flat_N: for each packed tile token its place in P
-    packed_N: for each packed tile token, in the order of `flat_N`, its packed index
+    token_P: packed index of each padded query, padding points at packed token 0; None where all are in their places
+    flat_N: for each tile token its place in P; they are the first of the packed tokens
     """
 
     blocks: list[Block]
     token_P: torch.Tensor | None
     flat_N: torch.Tensor
-    packed_N: torch.Tensor
 
 
 def tile_mask(
@@ -143,7 +141,7 @@ def _attend_padded(
     num_heads, head_dim = q_NHD.shape[1:]
     num_kv = k_SKLD.shape[1]
     group = num_heads // num_kv
-    q_PHD = q_NHD if tiles.token_P is None else q_NHD[tiles.token_P]
+    q_PHD = q_NHD if tiles.token_P is None else q_NHD.index_select(0, tiles.token_P)
     out_PHD = out_NHD if tiles.token_P is None else torch.empty_like(q_PHD)
     for block in tiles.blocks:
         slots, width, length = block.stop - block.first, block.width, block.mask.shape[-1]
@@ -161,7 +159,7 @@ def _attend_padded(
             o.view(slots, num_kv, group, width, head_dim).permute(0, 3, 1, 2, 4)
         )
     if tiles.token_P is not None:
-        out_NHD[tiles.packed_N] = out_PHD[tiles.flat_N]
+        torch.index_select(out_PHD, 0, tiles.flat_N, out=out_NHD[: len(tiles.flat_N)])
 
 
 def span_mask(span: Span, dtype: torch.dtype, device: torch.device, window: int | None = None) -> torch.Tensor:

@@ -149,11 +149,10 @@ def _seen(rows: _Rows, tokens: _Tokens, width: int, heads: Heads) -> Padded | Ra
 
 def _pad(rows: _Rows, tokens: _Tokens, heads: Heads) -> Padded:
     slot_R, start_R, count_R, prefix_R = (column.numpy() for column in rows)
-    position_N, pool_position_N, bits_N = (
-        each.numpy() for each in (tokens.position, tokens.pool_position, tokens.bits)
-    )
     within = _within(count_R)
-    packed = np.repeat(start_R, count_R) + within
+    position_N, pool_position_N, bits_N = (
+        each.numpy()[: len(within)] for each in (tokens.position, tokens.pool_position, tokens.bits)
+    )
     num_slots = int(slot_R.max()) + 1
     # A slot without a tile is a query that sees column 0, so that its softmax is defined.
     count_S, length_S, prefix_S = (
@@ -162,7 +161,7 @@ def _pad(rows: _Rows, tokens: _Tokens, heads: Heads) -> Padded:
         np.ones(num_slots, np.int64),
     )
     count_S[slot_R], prefix_S[slot_R] = count_R, prefix_R
-    length_S[slot_R] = np.maximum.reduceat(pool_position_N[packed], np.cumsum(count_R) - count_R) + 1
+    length_S[slot_R] = np.maximum.reduceat(pool_position_N, start_R) + 1
     start, extents = 0, []
     # A slot's first `width_S` tokens stand at `base_S`, what it has beyond them at `tail_S`.
     width_S, base_S, tail_S = (np.zeros(num_slots, np.int64) for _ in range(3))
@@ -182,7 +181,7 @@ def _pad(rows: _Rows, tokens: _Tokens, heads: Heads) -> Padded:
     in_tail_N = within - width_S[slot_N]
     flat = np.where(in_tail_N < 0, base_S[slot_N] + within, tail_S[slot_N] + in_tail_N)
     token_P, bits_P, position_P = (np.zeros(start, np.int64) for _ in range(3))
-    for padded, values in ((token_P, packed), (bits_P, bits_N[packed]), (position_P, position_N[packed])):
+    for padded, values in ((token_P, np.arange(len(within))), (bits_P, bits_N), (position_P, position_N)):
         padded[flat] = values
     blocks = []
     group = heads.num_heads // heads.num_kv_heads
@@ -196,10 +195,8 @@ def _pad(rows: _Rows, tokens: _Tokens, heads: Heads) -> Padded:
         mask = mask[:, None, None].expand(every).reshape(*every[:2], group * width, length)
         mask = mask.flatten(0, 1) if by_products else mask
         blocks.append(Block(first, stop, begin, width, mask))
-    in_place = len(token_P) == len(bits_N) and bool((token_P == np.arange(len(token_P))).all())
-    return Padded(
-        blocks, None if in_place else torch.from_numpy(token_P), torch.from_numpy(flat), torch.from_numpy(packed)
-    )
+    in_place = len(token_P) == len(within) and bool((token_P == np.arange(len(token_P))).all())
+    return Padded(blocks, None if in_place else torch.from_numpy(token_P), torch.from_numpy(flat))
 
 
 def _shared_width(count_S: np.ndarray) -> int:
