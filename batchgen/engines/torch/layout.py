@@ -89,12 +89,11 @@ class Layout:
             pool_position[at] = prefix + _within(tiles.count_R)
             # Bit 63 is the sign bit of int64: the value wraps, the shift in `tile_mask` reads it back.
             bits[at] = tiles.bits_N.view(np.int64)
-        tokens = _Tokens(*(upload(each, heads.device) for each in (position, slot, pool_position, bits)))
+        tokens = _Tokens(*_together([position, slot, pool_position, bits], heads.device))
         seen = None
         if tiles is not None:
             start_R = np.cumsum(tiles.count_R) - tiles.count_R
-            columns = (tiles.slot_R, start_R, tiles.count_R, tiles.prefix_R)
-            rows = _Rows(*(upload(column, heads.device) for column in columns))
+            rows = _Rows(*_together([tiles.slot_R, start_R, tiles.count_R, tiles.prefix_R], heads.device))
             seen = _seen(rows, tokens, int(tiles.count_R.max()), heads)
         masked = [(span, span_mask(span, heads.dtype, heads.device, heads.window)) for span in spans]
         return Layout(tokens.position, tokens.slot, tokens.pool_position, seen, masked)
@@ -130,6 +129,15 @@ class _Tokens(NamedTuple):
     slot: torch.Tensor
     pool_position: torch.Tensor
     bits: torch.Tensor
+
+
+def _together(columns: Sequence[NDArray[np.int64]], device: torch.device) -> list[torch.Tensor]:
+    """`columns`, all of one length, on `device` in one transfer."""
+    length = len(columns[0])
+    # Each begins at a multiple of 16 bytes: kernels are compiled anew for pointers that are not.
+    table = np.zeros((len(columns), length + length % 2), np.int64)
+    table[:, :length] = columns
+    return [column[:length] for column in upload(table, device)]
 
 
 def _within(count_R: NDArray[np.int64]) -> NDArray[np.int64]:
