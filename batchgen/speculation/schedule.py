@@ -240,7 +240,6 @@ class Schedule:
         if not self._seen.num_rows:
             return _NOTHING
         self._choices += 1
-
         kept = self._outcomes.kept(ahead.rows)
 
         def worth(promise: Promise) -> float:

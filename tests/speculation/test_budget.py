@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchgen.speculation.budget import best_ratio, even, select
+from batchgen.speculation.budget import MOST_EVEN, best_ratio, even, select
 
 # Acceptances from a coarse grid, for ties; 1 is the tie of a child with its parent, 0 what may not be used.
 ACCEPTANCE = st.sampled_from([0.0, 0.25, 0.5, 0.5, 1.0, 1.0])
@@ -76,14 +76,16 @@ def test_parents_come_with_their_children_and_every_bound_holds(forest, cost, th
         assert packed == num_rows
 
 
-@given(forests(), st.integers(1, 4))
-def test_even_trees_are_of_each_rows_likeliest_nodes(forest, num_nodes):
+@given(forests())
+def test_even_trees_are_of_each_rows_likeliest_nodes(forest):
     path, parent = forest
-    chosen = even(path, num_nodes)
-    assert closed(chosen, parent)
-    assert (chosen.sum(1) == np.minimum(np.count_nonzero(path, axis=1), num_nodes)).all()
-    likeliest = -np.sort(-path, axis=1)[:, :num_nodes]
-    assert np.where(chosen, path, 0).sum(1) == pytest.approx(likeliest.sum(1))
+    choices = list(even(path))
+    assert len(choices) == MOST_EVEN
+    for num_nodes, chosen in enumerate(choices, 1):
+        assert closed(chosen, parent)
+        assert (chosen.sum(1) == np.minimum(np.count_nonzero(path, axis=1), num_nodes)).all()
+        likeliest = -np.sort(-path, axis=1)[:, :num_nodes]
+        assert np.where(chosen, path, 0).sum(1) == pytest.approx(likeliest.sum(1))
 
 
 @given(forests(), stairs, throughputs)

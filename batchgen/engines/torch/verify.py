@@ -58,12 +58,9 @@ class Draws:
         return [self.sampling_R[row] for row in self.row_N.tolist()]
 
     def words(self) -> NDArray[np.int64]:
-        """The noise of each node, int64 [2, N]: 0 of greedy ones, which have none."""
-        words = np.zeros((2, len(self.row_N)), np.int64)
-        warm = np.flatnonzero(self.temperatures() > 0.0)
-        row = self.row_N[warm]
-        words[:, warm] = position_words(self.key_R[row], (self.position_R[row] + self.depth_N[warm]).astype(np.uint64))
-        return words
+        """What the noise of each node is made of, int64 [2, N]; greedy rows make none."""
+        position_N = (self.position_R[self.row_N] + self.depth_N).astype(np.uint64)
+        return np.stack(position_words(self.key_R[self.row_N], position_N)).astype(np.int64)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -190,8 +190,7 @@ class AutoTree:
         """`uneven`, or as many nodes of each row where that is worth more: rows that are alike make a faster pass."""
         best, rows = uneven, len(path)
         gain = float(path[uneven].sum()) - throughput * self.costs.verify(rows + int(uneven.sum()), context)
-        for num_nodes in range(1, budget.MOST_EVEN + 1):
-            chosen = budget.even(path, num_nodes)
+        for chosen in budget.even(path):
             seconds = self.costs.even * self.costs.verify(rows + int(chosen.sum()), context)
             found = float(path[chosen].sum()) - throughput * seconds
             if found > gain:

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from batchgen.engines.torch.engine import TorchEngine
-from batchgen.engines.torch.forest import Shape
+from batchgen.engines.torch.forest import Candidates, Shape
 from batchgen.engines.torch.measure import measure
-from batchgen.engines.torch.width import AutoTree, FixedTree
+from batchgen.engines.torch.width import AutoTree, FixedTree, Step
 from batchgen.record import Request, Sampling
 from batchgen.speculation.costs import Costs, Table
+from batchgen.speculation.schedule import WARM_STEPS, Ahead
 
 from .conftest import GREEDY, SAMPLED
 
@@ -130,6 +131,28 @@ def test_rows_verify_as_many_nodes_each_where_that_makes_the_faster_pass(bench, 
     few, most = shares
     assert few < 0.5
     assert most > 0.8
+
+
+def kept_of_chains(even: float, last: list[float]) -> list[list[bool]]:
+    """What is verified of a chain of three in each row, whose last token has these probabilities."""
+    rows = len(last)
+    width = AutoTree(dataclasses.replace(costs(a_node=0.005), even=even))
+    ahead = Ahead(100 * rows, [1] * rows, [0] * rows, 0)  # near their ends, so that no step explores
+    for _ in range(WARM_STEPS):
+        width.plan(ahead)
+        width.spent(Step(rows, 100 * rows, rows, rows, 0.0, 0.03 + 0.005 * rows, False, None), None)
+    width.plan(ahead)
+    logp = torch.tensor([[0.95, 0.9, each] for each in last]).log()
+    depth = torch.arange(1, 4).expand(rows, -1)
+    chain = Candidates(logp.cumsum(1), logp, torch.zeros_like(depth), depth, depth - 2, depth)
+    return width.keep(chain, torch.full((rows,), 9), Shape(3, 1, 3), ahead).tolist()
+
+
+def test_one_row_is_not_one_of_even_rows():
+    """Its passes are priced as they are; even rows, at half the price, verify more."""
+    chances = [0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5]
+    assert all(kept_of_chains(0.5, [each]) == kept_of_chains(1.0, [each]) for each in chances)
+    assert any(kept_of_chains(0.5, [each] * 2) != kept_of_chains(1.0, [each] * 2) for each in chances)
 
 
 def test_nothing_is_drafted_where_a_node_costs_more_than_it_brings(bench, prompts):
