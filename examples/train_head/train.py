@@ -3,11 +3,12 @@
     python examples/train_head/train.py --target demo:smollm2-135m --data data --to head -- --epochs 3
 
 What follows `--` goes to `speculators train` and wins over what is set here. The head is written to `--to`, as both
-engines load it. `--data` is an export of the form `speculators-states`. With `--head` training goes on from that head.
+engines load it. `--data` takes exports of the form `speculators-states`. With `--head` training goes on from that head.
 
-Of speculators 0.9 two things are worked around: it insists on an accelerator, which on a CPU is answered by the CPU
-itself; and its fused loss and flex attention are for GPUs. Needs `pip install -e ".[train]"`; with a CPU build of torch
-then also `pip uninstall -y torchvision torchaudio`, which come along built for CUDA.
+Of speculators 0.9 three things are worked around: it insists on an accelerator, which on a CPU is answered by the CPU
+itself; its fused loss and flex attention are for GPUs; and it trains a head in the type that it is stored in. Needs
+`pip install -e ".[train]"`; with a CPU build of torch then also `pip uninstall -y torchvision torchaudio`, which come
+along built for CUDA.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import json
 import os
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save, save_file
 
 from batchgen import models
+from batchgen.engines import tiled_bfloat16
 
 # Attention over dense masks takes memory by the square of what is packed together; longer rows are cut.
 ON_CPU = ["--draft-attn-impl=sdpa", "--loss-implementation=eager", "--num-workers=1", "--total-seq-len=1024"]
@@ -42,12 +45,41 @@ def on_cpu() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 0) or len(os.sched_getaffinity(0)))
 
 
-def begun(head: Path, folder: Path, target: Path) -> Path:
-    """A copy of a head that has the target's embedding and says where on this machine the target is.
+def joined(sets: list[Path], folder: Path) -> tuple[Path, float]:
+    """One set of several exports, and its share to train on: the rows held out of each are the last."""
+    if len(sets) == 1:
+        return sets[0].absolute(), json.loads((sets[0] / "export.json").read_text())["train_data_ratio"]
+    from datasets import concatenate_datasets, load_from_disk
 
-    The trainer takes an embedding that a checkpoint lacks for a new one, and draws it.
+    made = folder / "joined"
+    (made / "hidden_states").mkdir(parents=True)
+    learned, held_out = [], []
+    tokens: Counter[int] = Counter()
+    for each in sets:
+        manifest, data = json.loads((each / "export.json").read_text()), load_from_disk(each)
+        border = manifest["rows"] - manifest["held_out"]
+        learned.append((each, data, range(border)))
+        held_out.append((each, data, range(border, manifest["rows"])))
+        tokens.update(torch.load(each / "token_freq.pt"))
+    rows = [
+        each.absolute() / f"hidden_states/hs_{row}.safetensors"
+        for each, _, chosen in learned + held_out
+        for row in chosen
+    ]
+    for number, states in enumerate(rows):
+        (made / f"hidden_states/hs_{number}.safetensors").symlink_to(states)
+    concatenate_datasets([data.select(chosen) for _, data, chosen in learned + held_out]).save_to_disk(made)
+    torch.save(dict(tokens), made / "token_freq.pt")
+    return made, (sum(len(chosen) for _, _, chosen in learned) + 0.5) / len(rows)
+
+
+def begun(head: Path, folder: Path, target: Path) -> Path:
+    """A copy of a head in float32 that has the target's embedding and says where on this machine the target is.
+
+    The trainer takes an embedding that a checkpoint lacks for a new one, and draws it; and it trains weights in the
+    type they are stored in. In bfloat16 small steps round to nothing, and AdamW's second moments stand still.
     """
-    config = json.loads((head / "config.json").read_text())
+    config = json.loads((head / "config.json").read_text()) | {"dtype": "float32"}
     config["speculators_config"]["verifier"]["name_or_path"] = str(target)
     from speculators.utils.loading import load_model_layers
 
@@ -57,7 +89,8 @@ def begun(head: Path, folder: Path, target: Path) -> Path:
     tensors = load_file(head / "model.safetensors")
     if "embed_tokens.weight" not in tensors:
         tensors["embed_tokens.weight"] = load_model_layers(["embed_tokens.weight"], str(target))["embed_tokens.weight"]
-    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    full = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    save_file(full, copy / "model.safetensors", {"format": "pt"})
     return copy
 
 
@@ -77,7 +110,7 @@ def publish(trained: Path, to: Path, target: str) -> None:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--target", required=True, help="the job's model.target")
-    options.add_argument("--data", type=Path, required=True, help="an export of the form speculators-states")
+    options.add_argument("--data", type=Path, required=True, nargs="+", help="exports of the form speculators-states")
     options.add_argument("--to", type=Path, required=True, help="folder for the head")
     options.add_argument("--head", help="a head in speculators format to go on from")
     options.add_argument("trainer", nargs="*", help="further arguments of `speculators train`, after --")
@@ -85,21 +118,21 @@ def main() -> None:
     from speculators.train.cli import main as train
     from speculators.train.config import TrainConfig
 
-    manifest = json.loads((args.data / "export.json").read_text())
     target = models.fetch(args.target)
     gpu = torch.cuda.is_available()
     if not gpu:
         on_cpu()
     with tempfile.TemporaryDirectory(dir=args.to.absolute().parent, prefix=".training-") as folder:
+        data, train_data_ratio = joined(args.data, Path(folder))
         settings = {
             "speculator-type": "eagle3",
             "verifier-name-or-path": target.path,
-            "data-path": args.data.absolute(),
+            "data-path": data,
             "save-path": folder,
             "on-missing": "raise",
             "ttt-steps": 3,
-            "hidden-states-dtype": "bfloat16",
-            "train-data-ratio": manifest["train_data_ratio"],
+            "hidden-states-dtype": "bfloat16" if gpu or tiled_bfloat16() else "float32",
+            "train-data-ratio": train_data_ratio,
         }
         name = args.target
         if args.head:

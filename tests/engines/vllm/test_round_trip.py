@@ -28,15 +28,24 @@ def test_a_head_is_trained_on_a_jobs_rows_and_drafts_on_both_engines(tmp_path):
     job = ("jobs/train.yaml", "--set", f"output.path={tmp_path}/out", "--set", "sampling.max_tokens=12")
     run("-m", "batchgen", "submit", *job, "--set", "speculation.tree=off")
     run("-m", "batchgen", "features", *job)
-    exported = run("-m", "batchgen", "export", *job, "--form", "speculators-states", "--to", tmp_path / "data",
-                   "--hold-out", "0.1", "--json")  # fmt: skip
-    assert json.loads(exported)["rows"] == 200
-    said = run("examples/train_head/train.py", "--target", "demo:smollm2-135m", "--data", tmp_path / "data",
-               "--to", tmp_path / "head", "--", "--epochs=1", "--total-seq-len=384", "--log-freq=1",
-        "--draft-vocab-size=2048", "--ttt-steps=2")  # fmt: skip
-    losses = [float(loss) for loss in re.findall(r"train/loss=([\d.]+)", said)]
+    sets = {"short": "prompt_tokens < 60", "long": "prompt_tokens >= 60"}
+    exported = [run("-m", "batchgen", "export", *job, "--form", "speculators-states", "--to", tmp_path / name,
+                    "--where", where, "--hold-out", "0.1", "--json") for name, where in sets.items()]  # fmt: skip
+    rows_of = [json.loads(each)["rows"] for each in exported]
+    assert min(rows_of) > 20
+    assert sum(rows_of) == 200
+
+    def train(to: str, *options: str) -> list[float]:
+        said = run("examples/train_head/train.py", "--target", "demo:smollm2-135m", "--data", tmp_path / "short",
+                   tmp_path / "long", "--to", tmp_path / to, *options, "--total-seq-len=384", "--log-freq=1",
+                   "--ttt-steps=2")  # fmt: skip
+        return [float(loss) for loss in re.findall(r"train/loss=([\d.]+)", said)]
+
+    losses = train("first", "--", "--epochs=1", "--draft-vocab-size=2048")
     assert len(losses) >= 50
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    further = train("head", "--head", tmp_path / "first", "--", "--epochs=1", "--max-steps=10")
+    assert sum(further) < 0.8 * sum(losses[:10])
     for engine in ("torch", "vllm"):
         few = tmp_path / "few.parquet"
         pl.read_parquet(ROOT / "examples/prompts/train.parquet").head(8).write_parquet(few)
