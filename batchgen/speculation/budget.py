@@ -27,7 +27,7 @@ def select(
     path: NDArray[np.float32],
     *,
     num_roots: int,
-    row_caps: NDArray[np.integer] | None,
+    row_cap: int,
     sizes: Sequence[int],
     cost: Callable[[NDArray[np.int64]], NDArray[np.float64]],
     throughput: float | None,
@@ -36,15 +36,15 @@ def select(
 
     `path` float32 [B, P] is the calibrated probability that each candidate is kept; parents stand left of their
     children and are at least as likely; what may not be used is 0. `num_roots` is how many rows the pass holds: these
-    and those that drafted nothing. `row_caps` [B] bounds each row's nodes. `sizes` are
+    and those that drafted nothing. `row_cap` bounds each row's nodes. `sizes` are
     the packed node counts, roots included, that passes are padded to: a pass pays for its whole size, and the chosen
     one is filled as far as there are candidates; empty permits every count. Where none holds the roots, nothing is
     chosen. `cost` is the seconds of passes over packed counts, `throughput` in tokens per second; None takes the best
     ratio of this step alone, and `cost` must then be of the whole step.
     """
     num_rows, num_candidates = path.shape
-    if row_caps is not None:
-        path = np.where(_rank_in_row(path) < row_caps[:, None], path, np.float32(0))
+    if num_candidates > row_cap:
+        path = np.where(_rank_in_row(path) < row_cap, path, np.float32(0))
     # The size needs only the values, of which a sort is ten times faster than one that keeps places.
     falling = np.sort(path, axis=None)[::-1]
     falling = falling[: np.count_nonzero(falling > 0)]

@@ -116,14 +116,13 @@ class Costs:
     """Seconds of the passes that a step is made of.
 
     `verify`: the target over packed nodes, unevenly spread over the rows; `level`: one level of drafting over the nodes
-    it expands; `extend`: the head's catch-up over tokens that were kept; `fixed`: whatever else every step does;
+    it expands; `extend`: the head's catch-up over tokens that were kept;
     `even`: a pass of `verify` over rows that have as many nodes each, as a share of one over uneven rows.
     """
 
     verify: Table
     level: Table
     extend: Table
-    fixed: float
     even: float = 1.0
 
     def refine_verify(self, nodes: int, context: int, seconds: float, *, even: bool = False) -> None:
@@ -139,7 +138,7 @@ class Costs:
         """
         assert np.min(nodes) >= rows, "every row verifies at least its root"
         levels = float(self.level(np.array(level_tokens), context).sum())
-        seconds: Any = self.extend(extend_tokens, context) + levels + self.verify(nodes, context) + self.fixed
+        seconds: Any = self.extend(extend_tokens, context) + levels + self.verify(nodes, context)
         return cast("N", seconds)
 
 
@@ -171,12 +170,12 @@ def load_costs(folder: Path, key: str) -> Costs | None:
 def save_costs(folder: Path, key: str, costs: Costs) -> None:
     """Remember the costs of passes under `key`, beside what `save` keeps there."""
     tables = {name: getattr(costs, name).as_json() for name in ("verify", "level", "extend")}
-    _save(folder, f"passes|{key}", tables | {"fixed": costs.fixed, "even": costs.even})
+    _save(folder, f"passes|{key}", tables | {"even": costs.even})
 
 
 def _costs(found: dict[str, Any]) -> Costs:
     tables = {name: Table(**found[name]) for name in ("verify", "level", "extend")}
-    return Costs(**tables, fixed=float(found["fixed"]), even=float(found["even"]))
+    return Costs(**tables, even=float(found["even"]))
 
 
 def _load(folder: Path, key: str, build: Callable[[dict[str, Any]], T]) -> T | None:

@@ -214,15 +214,13 @@ class Schedule:
         score: NDArray[Any],
         parent: NDArray[Any],
         depth: NDArray[Any],
-        width: int,
     ) -> None:
         """Remember an explored step's candidates, [B, P] each in level order and of equal depths in every row.
 
         `value` returns the calibrated probability that a candidate is kept, 0 where it is of no use, by what is known
-        when it is called; `score` is the cumulative draft log-probability, by which the beam of `width` was chosen;
-        `parent` the parent's column, -1 at depth 1.
+        when it is called; `score` is the cumulative draft log-probability, by which the beam was chosen; `parent` the
+        parent's column, -1 at depth 1.
         """
-        assert width == self._largest.width, "a narrow beam does not tell what a wider one would have found"
         self._seen.record(value, score, parent, depth)
         self._forecasts.clear()
         self._num_recorded += 1
@@ -281,7 +279,7 @@ class Schedule:
             tokens = np.concatenate([tokens, alike])
             verify = np.concatenate([verify, self._costs.even * self._costs.verify(nodes, context)])
         fed = tokens + rows * self._arriving
-        step = verify + self._costs.fixed + extend(fed, context) + self._levels_s(shape, rows, context)
+        step = verify + extend(fed, context) + self._levels_s(shape, rows, context)
         debt = np.maximum(extend(sum(ahead.pending), context) - extend(fed, context), 0.0)
         repaying = step + debt / np.clip(_left(ahead) * rows / tokens, 1, REPAY_STEPS)
         plain_steps = tokens / rows * self._plain_s(ahead) * self._outcomes.slower(rows)

@@ -56,7 +56,7 @@ def checkpoints(tmp_path_factory) -> tuple[Path, Path]:
 
 def auto() -> AutoTree:
     flat = [Table([1, 1001], [second, second + 0.01]) for second in (0.03, 0.0001, 0.0001)]
-    return AutoTree(Costs(*flat, 0.0))
+    return AutoTree(Costs(*flat))
 
 
 def again(run):

@@ -97,14 +97,14 @@ def test_a_table_converges_to_the_true_cost_under_noise(wrong):
 
 
 def test_a_step_is_the_sum_of_its_passes():
-    step = Costs(Table([1, 100], [1.0, 100.0]), Table([1, 100], [0.1, 10.0]), Table([1, 100], [0.01, 1.0]), 5.0)
+    step = Costs(Table([1, 100], [1.0, 100.0]), Table([1, 100], [0.1, 10.0]), Table([1, 100], [0.01, 1.0]))
     full = {"rows": 2, "extend_tokens": 3, "level_tokens": [4, 8], "context": 0}
-    assert step.step(**full, nodes=10) == pytest.approx(0.03 + 0.4 + 0.8 + 10 + 5)
-    assert step.step(**full, nodes=np.array([2, 10])) == pytest.approx([0.03 + 1.2 + 2 + 5, 0.03 + 1.2 + 10 + 5])
-    assert step.step(rows=2, extend_tokens=0, level_tokens=[], nodes=2, context=9) == 7.0
+    assert step.step(**full, nodes=10) == pytest.approx(0.03 + 0.4 + 0.8 + 10)
+    assert step.step(**full, nodes=np.array([2, 10])) == pytest.approx([0.03 + 1.2 + 2, 0.03 + 1.2 + 10])
+    assert step.step(rows=2, extend_tokens=0, level_tokens=[], nodes=2, context=9) == 2.0
 
 
-PASSES = Costs(Table([1, 8], [0.1, 0.2], 1e-7), Table([1], [0.01]), Table([1, 2], [0.01, 0.02]), 0.003)
+PASSES = Costs(Table([1, 8], [0.1, 0.2], 1e-7), Table([1], [0.01]), Table([1, 2], [0.01, 0.02]))
 
 
 def test_costs_come_back_as_saved_beside_those_of_whole_runs(tmp_path):
@@ -130,12 +130,12 @@ def test_a_damaged_file_is_no_file(tmp_path, damage):
     file.write_text(damage)
     assert costs.load_costs(tmp_path, "key") is None
     file.write_text(json.dumps({name: {"tokens": [1], "seconds": [1]} for name in ("verify", "level", "extend")}))
-    assert costs.load_costs(tmp_path, "key") is None, "fixed is missing"
+    assert costs.load_costs(tmp_path, "key") is None, "even is missing"
 
 
 def test_an_even_pass_teaches_what_uneven_ones_cost():
     for even, moved in ((0.5, 1.0), (1.0, 0.5)):
-        passes = Costs(Table([8], [2.0]), Table([8], [0.1]), Table([8], [0.1]), 0.0, even=even)
+        passes = Costs(Table([8], [2.0]), Table([8], [0.1]), Table([8], [0.1]), even=even)
         for _ in range(100):
             passes.refine_verify(8, 0, 1.0, even=True)
         assert passes.verify(8) == pytest.approx(2.0 * moved)

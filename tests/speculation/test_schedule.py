@@ -74,12 +74,12 @@ def costs(draw):
     tables = (
         Table(grid, draw(st.lists(st.floats(1e-3, scale), min_size=5, max_size=5)), 1e-6) for scale in (0.1, 0.02, 0.02)
     )
-    return Costs(*tables, draw(st.floats(0, 0.05)), draw(st.just(1.0) | st.floats(0.5, 1.0)))
+    return Costs(*tables, draw(st.just(1.0) | st.floats(0.5, 1.0)))
 
 
 def exhaustive(shape, rows, per_token, draft, context, pending, left):
     """The best of every number of nodes, and of as many of each row, by drafting that shape and no more."""
-    plain = per_token.verify(rows, context) + per_token.fixed
+    plain = per_token.verify(rows, context)
     if shape == PLAIN:
         return MARGIN * rows / plain
     value, _, _, level = draft(shape)
@@ -100,7 +100,7 @@ def exhaustive(shape, rows, per_token, draft, context, pending, left):
         choices += [(rows * num, likeliest[:, :num].sum(), per_token.even) for num in range(1, MOST_EVEN + 1)]
     for num, kept, share in choices:
         tokens = rows + kept
-        seconds = share * per_token.verify(rows + num, context) + per_token.fixed + per_token.extend(tokens, context)
+        seconds = share * per_token.verify(rows + num, context) + per_token.extend(tokens, context)
         seconds += levels_s
         debt = per_token.extend(pending, context) - per_token.extend(tokens, context)
         seconds += max(debt, 0) / min(REPAY_STEPS, max(1, left * rows / tokens))
@@ -118,7 +118,7 @@ def exhaustive(shape, rows, per_token, draft, context, pending, left):
 )
 def test_the_choice_is_that_of_exhaustive_evaluation(seed, rows, per_token, max_depth, pending):
     schedule = Schedule(per_token, SMALL + STOPS)
-    schedule.record(*pools(seed, rows, 2, 3), 2)
+    schedule.record(*pools(seed, rows, 2, 3))
     chosen = schedule.choose(ahead(rows, pending, max_depth, 1000)).draft
     allowed = [shape for shape in SMALL if shape.depth <= max_depth]
     if max_depth > 1 and rows <= STOPPING_ROWS:
@@ -133,8 +133,8 @@ def test_the_choice_is_that_of_exhaustive_evaluation(seed, rows, per_token, max_
     assert values[chosen] == pytest.approx(max(values.values()), rel=1e-6, abs=1e-9)
 
 
-CHEAP = Costs(flat(0.01), flat(1e-4), flat(1e-4, 1e-6), 0.001)
-DEAR = Costs(flat(0.01, 0.01), flat(1e-4), flat(1e-4, 1e-6), 0.001)
+CHEAP = Costs(flat(0.01), flat(1e-4), flat(1e-4, 1e-6))
+DEAR = Costs(flat(0.01, 0.01), flat(1e-4), flat(1e-4, 1e-6))
 
 
 def test_while_nothing_is_known_some_rows_explore_as_deep_as_is_of_use():
@@ -154,29 +154,29 @@ def test_rows_with_little_to_catch_up_on_explore():
 def test_free_drafts_are_large_and_dear_ones_none():
     for per_token, expected in ((CHEAP, 6), (DEAR, 0)):
         schedule = Schedule(per_token)
-        schedule.record(*pools(0, 8, 4, 6, kept=0.95), 4)
+        schedule.record(*pools(0, 8, 4, 6, kept=0.95))
         assert schedule.choose(ahead(8, 8, 100)).draft.depth == expected
 
 
 def test_decisions_are_kept_until_something_changes():
     schedule = Schedule(CHEAP)
-    schedule.record(*pools(0, 8, 4, 6), 4)
+    schedule.record(*pools(0, 8, 4, 6))
     before = schedule.choose(ahead(8, 8, 100)).draft
     schedule._costs = DEAR
     assert {schedule.choose(ahead(8, 8, 100)).draft for _ in range(FORECAST_STEPS - 1)} == {before}
     assert schedule.choose(ahead(8, 8, 100)).draft == PLAIN
     schedule._costs = CHEAP
-    schedule.record(*pools(0, 8, 4, 6), 4)
+    schedule.record(*pools(0, 8, 4, 6))
     assert schedule.choose(ahead(8, 8, 100)).draft == before
 
 
 def test_drafting_resumes_when_it_repays_the_catch_up_in_time():
     schedule = Schedule(CHEAP)
-    schedule.record(*pools(0, 8, 4, 6), 4)
+    schedule.record(*pools(0, 8, 4, 6))
     nodes, tokens = schedule._seen.tokens(6, 4, 8)
     step = CHEAP.step(rows=8, extend_tokens=0, level_tokens=Draft(6, 4).level_tokens(8), nodes=nodes, context=100)
     step += CHEAP.extend(tokens, 100)
-    plain_s = CHEAP.verify(8, 100) + CHEAP.fixed
+    plain_s = CHEAP.verify(8, 100)
     # Seconds of catching up that the largest shape may bear at each of its next steps, and tokens at 1 us each.
     spare_s = (tokens * plain_s / (MARGIN * 8) - step).max()
     repaid = int(REPAY_STEPS * spare_s / 1e-6)
@@ -187,7 +187,7 @@ def test_drafting_resumes_when_it_repays_the_catch_up_in_time():
 
 def test_rows_near_their_end_repay_less():
     schedule = Schedule(CHEAP)
-    schedule.record(*pools(0, 8, 4, 6), 4)
+    schedule.record(*pools(0, 8, 4, 6))
     owed = 40_000
     assert schedule.choose(ahead(8, owed, 1000)).draft != PLAIN
     assert schedule.choose(ahead(8, owed, 7)).draft == PLAIN
@@ -197,7 +197,7 @@ def test_prompts_that_keep_arriving_are_paid_for_whole():
     """40,000 tokens, 40 ms, are worth their while once; in every other step they are not."""
     for every, drafts in ((ARRIVAL_STEPS, True), (2, False)):
         schedule = Schedule(CHEAP)
-        schedule.record(*pools(0, 8, 4, 6), 4)
+        schedule.record(*pools(0, 8, 4, 6))
         assert schedule.choose(ahead(8, 40_000, 1000)).draft != PLAIN
         for step in range(ARRIVAL_STEPS):
             schedule.next(ahead(8, 40_000, 1000, arrived=40_000 * (step % every == 0)))
@@ -212,7 +212,7 @@ def promising(rows=8):
     schedule = Schedule(CHEAP, CHAINS)
     path, depth = np.tile([0.5, 0.25], (rows, 1)), np.tile([1, 2], (rows, 1))
     for _ in range(FIRST_ROWS):
-        schedule.record(lambda: path, np.log(path), np.tile([-1, 0], (rows, 1)), depth, 1)
+        schedule.record(lambda: path, np.log(path), np.tile([-1, 0], (rows, 1)), depth)
     return schedule
 
 
@@ -261,9 +261,9 @@ def test_what_promises_little_more_than_plain_steps_is_left():
     """Half of all first tokens are kept; a node costs what makes drafting them all worth 1 % or 10 % more."""
     for gain, expected in ((1.01, PLAIN), (1.2, Draft(1, 1))):
         per_row = 0.02 / 8 * (1.5 / gain - 1)
-        schedule = Schedule(Costs(flat(0.02 - 8 * per_row, per_row), flat(1.0), flat(0.0), 0.0), [PLAIN, Draft(1, 1)])
+        schedule = Schedule(Costs(flat(0.02 - 8 * per_row, per_row), flat(1.0), flat(0.0)), [PLAIN, Draft(1, 1)])
         path, parent = np.full((8, 1), 0.5), np.full((8, 1), -1)
-        schedule.record(lambda p=path: p, np.log(path), parent, np.ones((8, 1), int), 1)
+        schedule.record(lambda p=path: p, np.log(path), parent, np.ones((8, 1), int))
         assert schedule.choose(ahead(8, 8, 1, 0)).draft == expected
 
 
@@ -284,7 +284,7 @@ class World:
             usual = self.schedule.choose(due).draft
             plan = self.schedule.next(due)
             if plan.explores:
-                self.schedule.record(*pools(step, len(plan.rows), 4, 6, kept), 4)
+                self.schedule.record(*pools(step, len(plan.rows), 4, 6, kept))
                 tokens, seconds = self._step(plan, truth)
                 usual_tokens, usual_s = self._step(Plan(usual, range(self.rows), explores=False), truth)
                 self.extra_s += seconds - usual_s * (1.0 if usual == PLAIN else tokens / usual_tokens)
@@ -308,13 +308,13 @@ class World:
         nodes, tokens = np.array([0]), np.array([0.0])
         if drafting:
             nodes, tokens = truth.tokens(plan.draft.depth, plan.draft.width, len(drafting))
-        seconds = self.costs.verify(nodes + others, 1000) + self.costs.fixed + self._drafting_s(plan.draft, drafting)
+        seconds = self.costs.verify(nodes + others, 1000) + self._drafting_s(plan.draft, drafting)
         best = np.argmax((tokens + others) / seconds)
         return float((tokens + others)[best]), float(seconds[best])
 
 
 def test_exploring_costs_its_share_and_finds_when_drafting_pays_again():
-    per_token = Costs(flat(0.01, 1e-5), flat(1e-3), flat(1e-3, 1e-6), 0.001)
+    per_token = Costs(flat(0.01, 1e-5), flat(1e-3), flat(1e-3, 1e-6))
     world = World(Schedule(per_token), per_token, rows=64)
     dull = list(world.steps(1200, kept=0.1))
     explored = [i for i, (_, explored) in enumerate(dull) if explored]
@@ -342,7 +342,7 @@ def test_the_first_rows_of_a_small_batch_are_all_explored():
 def test_rows_near_their_end_are_not_explored():
     schedule = Schedule(CHEAP)
     for seed in range(FIRST_STEPS):
-        schedule.record(*pools(seed, 16, 4, 6), 4)
+        schedule.record(*pools(seed, 16, 4, 6))
     schedule.spent(1e6)
     assert not any(schedule.next(ahead(16, 16, 3)).explores for _ in range(100))
     assert schedule.next(ahead(16, 16, 0)) == Plan(PLAIN, range(16), explores=False)
@@ -352,7 +352,7 @@ def test_rows_near_their_end_are_not_explored():
 def test_savings_are_not_carried_over():
     schedule = Schedule(CHEAP)
     for seed in range(FIRST_STEPS):
-        schedule.record(*pools(seed, 16, 4, 6), 4)
+        schedule.record(*pools(seed, 16, 4, 6))
     schedule.spent(1e6)
     due = ahead(16, 10**6, 6, 0)
     assert [schedule.next(due).explores for _ in range(100)].count(True) == 1

@@ -15,7 +15,7 @@ import torch
 
 from batchgen.engines.torch import forest, verify
 from batchgen.engines.torch.forest import Forest
-from batchgen.engines.torch.kvcache import free_bytes, out_of_memory
+from batchgen.engines.torch.kvcache import budget, out_of_memory
 from batchgen.engines.torch.layout import Tiles, upload
 from batchgen.engines.torch.rows import Row
 from batchgen.engines.torch.slots import Slots
@@ -43,7 +43,7 @@ class TorchEngine:
 
     `decode` turns token ids into text without special tokens. `width` decides what is drafted and verified: a fixed
     `forest.Shape`, or `width.AutoTree`; None decodes plainly, head or no head. `memory_bytes` bounds the KV pools; None
-    means 60 % of what the machine or device has free. `prefill_tokens` prompt tokens make a pass where no row decodes,
+    means `kvcache.budget`. `prefill_tokens` prompt tokens make a pass where no row decodes,
     a quarter of them where one does: enough to be compute-bound, few enough to bound activations and the others' wait.
     """
 
@@ -66,7 +66,7 @@ class TorchEngine:
         self._draft = draft if width is not None else None
         self._prefill_tokens = prefill_tokens
         if memory_bytes is None:
-            memory_bytes = int(0.6 * free_bytes(target.device))
+            memory_bytes = budget(target.device)
         models: list[Target | Draft] = [target] if self._draft is None else [target, self._draft]
         self._slots = Slots(batch_size, target.max_tokens, memory_bytes, models)
         self._rows = self._slots.rows
@@ -94,6 +94,7 @@ class TorchEngine:
         """Decode plainly from here on."""
         self._draft = None
         self._slots.without_draft()
+        self._target.capture(())
 
     def report(self) -> dict[str, Any]:
         """See `width.AutoTree.report`; empty with a fixed tree or none."""
@@ -162,7 +163,8 @@ class TorchEngine:
         if self._width is not None and self._draft is not None and rows:
             num_tokens = self.num_tokens - before - len(ends)
             times = (grown - began, ended - grown)
-            reached = None if drafted is None else _reached(drafted, trees, walks, sampled)
+            learned = drafted if self._width.learns else None
+            reached = None if learned is None else _reached(learned, trees, walks, sampled)
             self._width.spent(Step(len(rows), context, num_nodes, num_tokens, *times, bool(spans), drafted), reached)
 
     def _sample(

@@ -42,19 +42,23 @@ class Pool:
             return torch.from_numpy(raw).view(self._dtype)
         return torch.zeros(shape, dtype=self._dtype, device=self._device)
 
-    def resize(self, slots: int, length: int) -> None:
-        """Hold `slots` rows of `length` tokens, rounded up; what is there and still has a place is kept."""
+    def resize(self, slots: int, length: int, *, rows: int = 0, tokens: int = 0) -> None:
+        """Hold `slots` rows of `length` tokens, rounded up; the first `tokens` tokens of the first `rows` are kept.
+
+        Takes as much again as half of what was there while it copies. Where memory runs out the pool is of no more use.
+        """
         slots, length = _round(slots, length)
         if (slots, length) == (self.slots, self.length):
             return
-        old_slots, old_length = min(slots, self.slots), min(length, self.length)
-        resized = []
-        for old in (self.k, self.v):
-            new = self._zeros(slots, length)
-            new[:, :old_slots, :, :old_length] = old[:, :old_slots, :, :old_length]
-            resized.append(new)
-        self.k, self.v = resized  # both or none: memory may run out between them
+        rows, tokens = min(rows, self.slots), min(tokens, self.length)
+        self.k = self._resized(self.k, slots, length, rows, tokens)
+        self.v = self._resized(self.v, slots, length, rows, tokens)
         self.slots, self.length = slots, length
+
+    def _resized(self, old: torch.Tensor, slots: int, length: int, rows: int, tokens: int) -> torch.Tensor:
+        new = self._zeros(slots, length)
+        new[:, :rows, :, :tokens] = old[:, :rows, :, :tokens]
+        return new
 
     def write(self, layer: int, k_NKD: torch.Tensor, v_NKD: torch.Tensor, layout: Layout) -> None:
         """Scatter a pass's keys and values to their slots and pool positions, in place."""
@@ -73,20 +77,39 @@ class Pool:
 
 def _round(slots: int, length: int) -> tuple[int, int]:
     """Sizes that are grown to: few enough that growing is rare, close enough that little lies idle."""
-    return -(-slots // 8) * 8, -(-length // 256) * 256
+    return 1 << (slots - 1).bit_length() if 0 < slots < 8 else -(-slots // 8) * 8, -(-length // 256) * 256
+
+
+def budget(device: torch.device, share: float = 1.0) -> int:
+    """Bytes that the pools of one of several workers may take, whose `share` of the device or machine is given.
+
+    While pools grow they take up to 1.5 times as much; the rest is for activations.
+    """
+    return int(0.6 * share * free_bytes(device))
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that a new allocation could take, in bytes; on a CPU at most what the container may have."""
+    """Memory that a new allocation could take, in bytes; on a CPU at most what the container has left."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         share = torch.cuda.get_per_process_memory_fraction(device)
         return min(free, int(share * total) - torch.cuda.memory_reserved(device))
     lines = Path("/proc/meminfo").read_text().splitlines()
     available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    limit = Path("/sys/fs/cgroup/memory.max")
-    bound = limit.read_text().strip() if limit.exists() else "max"
-    return available if bound == "max" else min(available, int(bound))
+    return min(available, container_bytes() or available)
+
+
+def container_bytes(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What the control group (v2) in `folder` may still take, in bytes, None without a limit.
+
+    File pages that were not used lately count as free: the kernel drops them first.
+    """
+    limit = folder / "memory.max"
+    if not limit.exists() or (bound := limit.read_text().strip()) == "max":
+        return None
+    stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    used = int((folder / "memory.current").read_text()) - int(stat["inactive_file"])
+    return max(0, int(bound) - used)
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -90,7 +90,6 @@ def measure(target: Target, draft: Draft, batch_size: int) -> Costs:
         verify=table(verify, lambda: None),
         level=levels(),
         extend=table(extend, after_target, catch_up),
-        fixed=0.0,
         # On a GPU passes are padded to sizes, and our kernel takes ragged rows as they are.
         even=_even(verify, batch_size) if batch_size > 1 and target.device.type == "cpu" else 1.0,
     )

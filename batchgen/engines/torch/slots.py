@@ -96,7 +96,7 @@ class Slots:
         ways = [(everyone, at_last), (rows, at_last), (everyone, longest), (rows, longest)]
         slots, tokens = next((way for way in ways if self._fits(*way)), ways[-1])
         for pool in self.pools:
-            pool.resize(slots, tokens + MAX_NODES)
+            pool.resize(slots, tokens + MAX_NODES, rows=rows, tokens=longest)
 
     def _preempt(self) -> None:
         slot = max(range(len(self.rows)), key=lambda s: self.rows[s].admitted)

@@ -70,7 +70,9 @@ class Reached(NamedTuple):
 
 
 class Width(Protocol):
-    """Decides what each step drafts and verifies."""
+    """Decides what each step drafts and verifies; one that `learns` is told what became of it."""
+
+    learns: bool
 
     def plan(self, ahead: Ahead) -> tuple[Shape, Sequence[int]] | None:
         """What to draft, and for which rows, rising; None for a plain step."""
@@ -90,6 +92,8 @@ class Width(Protocol):
 
 class FixedTree:
     """The same tree for every row in every step."""
+
+    learns = False
 
     def __init__(self, shape: Shape) -> None:
         self._shape = shape
@@ -121,6 +125,8 @@ class AutoTree:
     `sizes` as in `budget.select`. `stops_early` lets it look at each level before the next is drafted, and leave rows
     off that are unlikely to get there; where passes are queued on a device that would be a wait for each level.
     """
+
+    learns = True
 
     def __init__(self, costs: Costs, sizes: Sequence[int] = (), *, stops_early: bool = False) -> None:
         self.costs = costs
@@ -164,13 +170,13 @@ class AutoTree:
 
         path = value()
         if self._exploring:
-            self._schedule.record(value, score, parent, depth, shape.width)
+            self._schedule.record(value, score, parent, depth)
         rows, self._levels = ahead.rows, candidates.level_tokens(shape)
         throughput = self._throughput.value(rows, self._unit_s(rows, ahead.context))
         kept = budget.select(
             path,
             num_roots=rows,
-            row_caps=np.full(len(path), shape.nodes) if path.shape[1] > shape.nodes else None,
+            row_cap=shape.nodes,
             sizes=self._sizes,
             cost=lambda nodes: np.asarray(
                 self.costs.step(

@@ -22,7 +22,7 @@ from .conftest import GREEDY, SAMPLED
 def costs(a_node: float, a_level: float = 0.001) -> Costs:
     """A pass takes 30 ms and `a_node` more for each node."""
     verify = Table([1, 1001], [0.03, 0.03 + 1000 * a_node])
-    return Costs(verify, Table([1, 1001], [a_level, 1000 * a_level]), Table([1, 1001], [0.001, 0.1]), 0.0, even=0.9)
+    return Costs(verify, Table([1, 1001], [a_level, 1000 * a_level]), Table([1, 1001], [0.001, 0.1]), even=0.9)
 
 
 class Moody(FixedTree):
