@@ -2,9 +2,9 @@
 
     python examples/bench/limits.py --rows 1,4,16,64 --json examples/bench/results/limits.json
 
-The head drafts a wide tree for every row, its likeliest nodes are verified, and what was accepted is counted by depth
-and rank. From that and from the measured costs of passes follow, for every number of rows, as multiples of plain
-decoding:
+Before every token of plainly decoded texts the head drafts a wide tree, and how far the text follows it, and by which
+ranks, is what trees of every shape would have been worth, each from the tokens at which its own steps begin. From that
+and from the measured costs of passes follow, for every number of rows, as multiples of plain decoding:
 
     oracle    the best shape of drafts, in which rows are drafted only as deep, and nodes verified, as will be accepted
     perfect   the best depth of chains of a head that is always right
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from drained import LENGTHS
 from results import write
 from speculation import Machine
@@ -39,9 +40,12 @@ from batchgen.speculation.schedule import CHILDREN, PLAIN, SHAPES, Draft
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from batchgen.engines.torch.width import Reached, Step
-    from batchgen.record import Request
+    from numpy.typing import NDArray
+
+    from batchgen.engines.torch.forest import Candidates
+    from batchgen.record import Completion, Request
     from batchgen.speculation.costs import Costs
+    from batchgen.speculation.schedule import Ahead
 
 WIDEST = Shape(6, 4, 31)
 # Prompt tokens that the engine reads beside a step.
@@ -49,31 +53,46 @@ BESIDE = 256
 
 
 class Watch(FixedTree):
-    """Verifies a wide tree, and keeps the ranks of what was accepted: a list for every row and step."""
+    """Drafts a wide tree before every token and verifies nothing of it; keeps all that was drafted."""
 
     def __init__(self) -> None:
         super().__init__(WIDEST)
-        self.ranks: list[list[int]] = []
+        self.drafts: list[Candidates] = []
 
-    def spent(self, step: Step, reached: Reached | None) -> None:
-        """See `width.Width`; rows are greedy, so a chance is 0 or 1."""
-        if step.drafted is None or reached is None:
-            return
-        found: list[list[int]] = [[] for _ in step.drafted.rows]
-        for row, column in zip(reached.row[reached.chance == 1], reached.column[reached.chance == 1], strict=True):
-            found[row].append(int(step.drafted.candidates.rank[row, column]))
-        self.ranks += found
+    def keep(self, candidates: Candidates, caps: torch.Tensor, shape: Shape, ahead: Ahead) -> torch.Tensor:
+        """See `width.Width`."""
+        self.drafts.append(candidates)
+        return torch.zeros(candidates.token.shape, dtype=torch.bool)
 
 
-def kept(ranks: list[list[int]], depth: int, width: int, children: int = CHILDREN) -> float:
-    """Tokens accepted a step by trees of `depth` that expand `width` nodes of each level, root excluded."""
+def followed(draft: Candidates, text: Sequence[int]) -> list[int]:
+    """The ranks of the nodes of a row's tree that `text`, what comes after its root, follows."""
+    ranks, node = [], -1
+    for token in text:
+        [child] = np.nonzero(((draft.parent == node) & (draft.token == token) & draft.logp.isfinite())[0].numpy())
+        if not len(child):
+            break
+        node = int(child[0])
+        ranks.append(int(draft.rank[0, node]))
+    return ranks
+
+
+def accepted(texts: list[list[list[int]]], depth: int, width: int, children: int = CHILDREN) -> NDArray[np.int64]:
+    """Tokens accepted in every step of `texts`, by trees of `depth` that expand `width` nodes of each level."""
     lengths = []
-    for row in ranks:
-        within = [rank < children for rank in row[:depth]]
-        ends = [rank >= width for rank in row[: len(within)]]  # a candidate, but not expanded
-        most = min(ends.index(True) + 1 if True in ends else len(ends), depth)
-        lengths.append(within[:most].index(False) if False in within[:most] else most)
-    return float(np.mean(lengths))
+    for ranks in texts:
+        place = 0
+        while place < len(ranks):
+            length = 0
+            for rank in ranks[place][:depth]:
+                if rank >= children:
+                    break
+                length += 1
+                if rank >= width:  # a candidate, but not expanded
+                    break
+            lengths.append(length)
+            place += 1 + length
+    return np.array(lengths)
 
 
 def seconds(costs: Costs, rows: int, tokens: float, shape: Draft, context: int, going_on: Sequence[float]) -> float:
@@ -87,7 +106,7 @@ def seconds(costs: Costs, rows: int, tokens: float, shape: Draft, context: int, 
     return float(costs.verify(tokens, context)) + drafting
 
 
-def limits(costs: Costs, ranks: list[list[int]], rows: int, context: int) -> dict[str, float]:
+def limits(costs: Costs, texts: list[list[list[int]]], rows: int, context: int) -> dict[str, float]:
     """See the top of this file."""
     plain = seconds(costs, rows, rows, PLAIN, context, [])
 
@@ -96,10 +115,10 @@ def limits(costs: Costs, ranks: list[list[int]], rows: int, context: int) -> dic
         return tokens / rows * plain / seconds(costs, rows, tokens, shape, context, going_on)
 
     def best(shape: Draft) -> float:
-        by_depth = [kept(ranks, depth, shape.width) for depth in range(shape.depth + 1)]
-        # Below level L goes who will be accepted there.
-        going_on = [after - before for before, after in itertools.pairwise(by_depth)][1:]
-        return ratio(by_depth[-1], shape, going_on)
+        lengths = accepted(texts, shape.depth, shape.width)
+        # A level is drafted of whom it will be accepted.
+        going_on = [float((lengths >= level).mean()) for level in range(2, shape.depth + 1)]
+        return ratio(float(lengths.mean()), shape, going_on)
 
     oracle = max((shape for shape in SHAPES if shape != PLAIN), key=best)
     one = float(costs.verify(2 * rows, context)) + costs.extend(2 * rows, context)
@@ -145,21 +164,31 @@ def main() -> None:
 
     machine = Machine(args.dtype, args.device)
     watch = Watch()
-    engine = TorchEngine(machine.target, machine.draft, decode=machine.tokenizer.decode, batch_size=8, width=watch)
+    # One row at a time, so that a step's tree is of the row that runs.
+    engine = TorchEngine(machine.target, machine.draft, decode=machine.tokenizer.decode, batch_size=1, width=watch)
+    texts = []
     for request in machine.requests(args.prompts, [args.max_tokens]):
         engine.submit(request)
-    while engine.unfinished:
-        engine.step()
-    chain = [kept(watch.ranks, depth, 1, 1) for depth in range(WIDEST.depth + 1)]
-    reached = [1.0, *(after - before for before, after in itertools.pairwise(chain))]
-    by_depth = [round(after / before, 3) for before, after in itertools.pairwise(reached) if before > 0]
+        done: list[Completion] = []
+        while not done:
+            done = engine.step()
+        # The first token comes with the prompt, and the last one has nothing to be drafted for.
+        token_ids = done[0].token_ids
+        texts.append([followed(draft, token_ids[i:]) for i, draft in enumerate(watch.drafts, 1)])
+        watch.drafts.clear()
+    chains = {depth: accepted(texts, depth, 1, 1) for depth in range(1, WIDEST.depth + 1)}
+    reached = [(chains[WIDEST.depth] >= depth).mean() for depth in range(WIDEST.depth + 1)]
+    by_depth = [round(float(after / before), 3) for before, after in itertools.pairwise(reached) if before > 0]
     results: list[dict[str, object]] = [
-        {"acceptance_by_depth": by_depth, "acceptance_length_of_chains": [round(1 + k, 3) for k in chain[1:]]}
+        {
+            "acceptance_by_depth": by_depth,
+            "acceptance_length_of_chains": [round(1 + float(c.mean()), 3) for c in chains.values()],
+        }
     ]
     oracle: dict[int, float] = {}
     for rows in map(int, args.rows.split(",")):
         costs = measure(machine.target, machine.draft, rows)
-        found = limits(costs, watch.ranks, rows, rows * args.context)
+        found = limits(costs, texts, rows, rows * args.context)
         oracle[rows] = float(found["oracle"])
         results.append({"rows": rows} | found)
     job = machine.requests(256, LENGTHS)

@@ -27,7 +27,8 @@ def judge(head: str, to: str, overrides: list[str]) -> list[dict[str, Any]]:
     """Acceptance of one head on each set."""
     found = []
     # A head may change in its folder, and with it its acceptance, though not the rows' tokens.
-    which = hashlib.sha256("\0".join([models.fetch(head).identity, *sorted(overrides)]).encode()).hexdigest()[:12]
+    facts = [models.fetch(head).identity, *sorted(overrides), str(ROOT)]
+    which = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:12]
     for name in SETS:
         prompts = ROOT / f"examples/prompts/{name}.parquet"
         output = f"{to.rstrip('/')}/{which}/{name}"
@@ -36,9 +37,9 @@ def judge(head: str, to: str, overrides: list[str]) -> list[dict[str, Any]]:
         job.submit(asked)
         everything = acceptance.by(connect(output, asked.output.storage_options), output, [])[0]
         length = 1 + sum(everything.by_depth)
-        facts = {"head": head, "set": name, "engine": asked.engine.kind, "rows": everything.rows}
+        about = {"head": head, "set": name, "engine": asked.engine.kind, "rows": everything.rows}
         found.append(
-            facts | {"acceptance_length": round(length, 3), "by_depth": [round(x, 3) for x in everything.by_depth]}
+            about | {"acceptance_length": round(length, 3), "by_depth": [round(x, 3) for x in everything.by_depth]}
         )
     return found
 

@@ -4,7 +4,8 @@
 
 The job is submitted and its hidden states are captured; for each share its rows are exported (chosen by hash, so that a
 smaller share is part of a larger one), a head is trained for `--epochs`, and judged on the three evaluation sets
-(judge.py). What is done is not done again. `--to` gets scaling.json and scaling.png, which takes matplotlib.
+(judge.py). What is done is not done again. What follows `--` goes to `speculators train`. `--to` gets scaling.json and
+scaling.png, which takes matplotlib.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from typing import Any
 
 from judge import SETS, judge
 
+from batchgen import spec, write
+from batchgen.store import connect
+
 HERE = Path(__file__).parent
 
 
@@ -31,8 +35,10 @@ def run(*command: str) -> None:
 
 
 def train(job: str, share: float, target: str, to: Path, trainer: list[str]) -> Path:
-    """The head that was trained on a share of the job's rows, with these settings."""
-    settings = hashlib.sha256(" ".join(trainer).encode()).hexdigest()[:8]
+    """The head that was trained on a share of the job's rows as they are now, with these settings."""
+    output = spec.load(job, []).output
+    parts = write.parts(connect(output.path, output.storage_options), output.path.rstrip("/"))
+    settings = hashlib.sha256(" ".join([target, *trainer, *sorted(parts.values())]).encode()).hexdigest()[:8]
     data, head = to / f"set-{share:g}", to / f"head-{share:g}-{settings}"
     if not (head / "config.json").exists():
         sample = [] if share == 1 else ["--sample", str(share)]
@@ -68,14 +74,14 @@ def main() -> None:
     options.add_argument("--target", default="demo:smollm2-135m")
     options.add_argument("--shares", default="0.125,0.25,0.5,1")
     options.add_argument("--epochs", type=int, default=3)
-    options.add_argument("trainer", nargs="*", help="further arguments of `speculators train`, after --")
-    args = options.parse_args()
+    border = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    args, trainer = options.parse_args(sys.argv[1:border]), sys.argv[border + 1 :]
     args.to.mkdir(parents=True, exist_ok=True)
     for command in ("submit", "features"):
         run("-m", "batchgen", command, args.job)
     results = []
     for share in map(float, args.shares.split(",")):
-        head = train(args.job, share, args.target, args.to, [f"--epochs={args.epochs}", *args.trainer])
+        head = train(args.job, share, args.target, args.to, [f"--epochs={args.epochs}", *trainer])
         facts = json.loads((args.to / f"set-{share:g}" / "export.json").read_text())
         about = {"head": head.name, "share": share, "set_rows": facts["rows"], "target_tokens": facts["target_tokens"]}
         results += [row | about for row in judge(str(head), str(args.to / "judged"), [f"model.target={args.target}"])]

@@ -122,7 +122,9 @@ def main() -> None:
     gpu = torch.cuda.is_available()
     if not gpu:
         on_cpu()
-    with tempfile.TemporaryDirectory(dir=args.to.absolute().parent, prefix=".training-") as folder:
+    beside = args.to.absolute().parent
+    beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=beside, prefix=".training-") as folder:
         data, train_data_ratio = joined(args.data, Path(folder))
         settings = {
             "speculator-type": "eagle3",
