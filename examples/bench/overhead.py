@@ -69,7 +69,7 @@ def loop(engine: Any, prompts: list[list[int]], sampling: Sampling) -> float:
 
 
 def whole_job(prepared: Job, engine: Any, out: str) -> float:
-    """Tokens per second of a job into the fresh folder `out`, from planning to reconciliation."""
+    """Tokens per second of a job into the fresh folder `out`, from taking its lease to its summary."""
     began = time.perf_counter()
     made = dataclasses.replace(prepared, spec=prepared.spec.model_copy(update={"output": spec.OutputSpec(path=out)}))
     with Lease.take(made.sink, made.output, ttl_s=made.spec.checkpoint.lease_seconds) as lease:

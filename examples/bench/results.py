@@ -67,6 +67,7 @@ def write(file: Path | None, results: list[dict[str, Any]], args: argparse.Names
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "device": provenance.machine(device),
         "versions": provenance.versions(),
+        "commit": provenance.commit(),
         "options": {name: str(value) for name, value in vars(args).items() if not Path(str(value)).is_absolute()},
     }
     file.write_text(json.dumps({"results": results} | about, indent=2) + "\n")

@@ -69,7 +69,7 @@ class Machine:
         return self._auto[rows]
 
     def requests(self, count: int, max_tokens: Sequence[int]) -> list[Request]:
-        """`count` rows over the prompts, of lengths `max_tokens` in turn; none ends before its length."""
+        """`count` rows over the prompts, of lengths `max_tokens` in turn, shorter where the model ends one."""
         lengths = [max_tokens[i % len(max_tokens)] for i in range(count)]
         prompts = [self.prompts[i % len(self.prompts)] for i in range(count)]
         return [
