@@ -71,7 +71,14 @@ class Attempt:
     """
 
     def __init__(
-        self, task: Task, shard: Shard, journal: Journal, capacity: int, *, piece: Piece | None = None
+        self,
+        task: Task,
+        shard: Shard,
+        journal: Journal,
+        capacity: int,
+        reader: read.Reader,
+        *,
+        piece: Piece | None = None,
     ) -> None:
         self.shard, self.journal, self.piece = shard, journal, piece
         self.standing = 0
@@ -88,7 +95,7 @@ class Attempt:
         self.suspicious = journal.deaths > 0
         self.returned: list[Piece] = []
         self.running = 0
-        self._task, self._capacity = task, capacity
+        self._task, self._capacity, self._reader = task, capacity, reader
         # Rows before the cursor are begun, those from the limit on belong to helpers.
         self._cursor, self._limit = (shard.start, shard.stop) if piece is None else (0, 0)
         self._given = 0
@@ -98,7 +105,7 @@ class Attempt:
         self._read = False
 
     @classmethod
-    def claim(cls, task: Task, shard: Shard, capacity: int) -> Attempt | None:
+    def claim(cls, task: Task, shard: Shard, capacity: int, reader: read.Reader) -> Attempt | None:
         """Begin, with the rows that earlier attempts journalled; None if there is nothing to do.
 
         `capacity` is the engine's. A worker may have died between committing the shard and telling so.
@@ -128,7 +135,7 @@ class Attempt:
             max_rows=task.journal_rows,
             max_seconds=task.journal_seconds,
         )
-        made = cls(task, shard, journal, capacity)
+        made = cls(task, shard, journal, capacity, reader)
         made._part, made._attempts = part, attempts
         made.standing = again[1].num_rows if again else 0
         if journal.deaths > 1:
@@ -137,7 +144,7 @@ class Attempt:
         return made
 
     @classmethod
-    def join(cls, task: Task, piece: Piece, capacity: int) -> Attempt | None:
+    def join(cls, task: Task, piece: Piece, capacity: int, reader: read.Reader) -> Attempt | None:
         """Help with a shard of another worker; None if that worker's attempt is over."""
         journal = Journal.join(
             task.sink,
@@ -147,7 +154,7 @@ class Attempt:
             max_rows=task.journal_rows,
             max_seconds=task.journal_seconds,
         )
-        return None if journal is None else cls(task, piece.shard, journal, capacity, piece=piece)
+        return None if journal is None else cls(task, piece.shard, journal, capacity, reader, piece=piece)
 
     @property
     def complete(self) -> bool:
@@ -210,7 +217,7 @@ class Attempt:
 
     def _source(self, shard: Shard) -> Iterator[Row]:
         task = self._task
-        rows = read.rows(task.source, shard, task.columns, task.sampling)
+        rows = self._reader.rows(shard, task.columns, task.sampling)
         if task.dedupe is None:
             return rows
         found = dedupe.repetitions(task.sink, task.output, shard, task.columns, task.dedupe)

@@ -64,9 +64,10 @@ def run(spec: Spec, to: str, *, draining: Callable[[], bool] = lambda: False) ->
         files = found.plan.files
         dedupe.mark(found.source, sink, folder, files, found.columns, found.sampling, kind, check=check)
     cleaned = Cleaned(to)
+    readers = read.Reader(found.source), read.Reader(found.source)
     for shard in found.plan.shards:
         check()
-        facts = done.get(shard.part_name) or _screened(found, sink, folder, shard)
+        facts = done.get(shard.part_name) or _screened(found, sink, folder, shard, *readers)
         cleaned.files += 1
         cleaned.rows += shard.num_rows
         cleaned.kept += facts["kept"]
@@ -92,10 +93,12 @@ def _done(sink: Store, folder: str, found: Job) -> dict[str, dict[str, Any]]:
     return done
 
 
-def _screened(found: Job, sink: Store, folder: str, shard: Shard) -> dict[str, Any]:
+def _screened(
+    found: Job, sink: Store, folder: str, shard: Shard, judged: read.Reader, whole: read.Reader
+) -> dict[str, Any]:
     """Store the shard's rows that pass."""
     screen = found.kit.screen.fresh()  # its own, for its counts
-    source: Iterable[Row] = read.rows(found.source, shard, found.columns, found.sampling)
+    source: Iterable[Row] = judged.rows(shard, found.columns, found.sampling)
     kind = found.spec.screen.dedupe
     if kind != "off":
         source = dedupe.judged(source, dedupe.repetitions(sink, folder, shard, found.columns, kind), kind)
@@ -112,7 +115,7 @@ def _screened(found: Job, sink: Store, folder: str, shard: Shard) -> dict[str, A
         if row.verdict is not None:
             refused[f"{row.verdict.status}: {row.verdict.error_type}"] += 1
             del said[row.index]
-    table = read.table(found.source, shard).take([index - shard.start for index in said])
+    table = whole.table(shard).take(pa.array([index - shard.start for index in said], pa.int64()))
     # Of turns, answers are left out of what was screened, so that they cannot stay where personal data is not wanted.
     if screen.redacted or (found.columns.turns is not None and found.spec.screen.pii != "off"):
         table = _told(table, list(said.values()), found.columns)

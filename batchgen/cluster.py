@@ -35,7 +35,6 @@ from batchgen.errors import (
     LeaseLostError,
     ModelError,
     SpecError,
-    StoreError,
 )
 from batchgen.tally import Tally, together
 from batchgen.worker import Worker
@@ -125,7 +124,7 @@ class _Crew:
                 self._desk = self._ray.remote(num_cpus=0, scheduling_strategy=on)(DeskActor).remote(self._shards)
                 try:
                     return self._run(draining, watch)
-                except (LeaseLostError, StoreError):
+                except LeaseLostError:
                     raise
                 except BatchgenError:
                     self._drain()

@@ -151,7 +151,7 @@ def _hashes(
     shard = Shard(0, file.url, file.version, 0, file.num_rows, "")
     # Kept columns can be large, and say nothing about what is asked.
     bare = dataclasses.replace(columns, keep=())
-    for row in screen.judged(read.rows(source, shard, bare, sampling)):
+    for row in screen.judged(read.Reader(source).rows(shard, bare, sampling)):
         if row.index % _ROWS_PER_LOOK == 0:
             check()
         if row.verdict is None:

@@ -82,7 +82,8 @@ def run(spec: Spec, form: str, to: str, chosen: Selection, *, states: str | None
     """
     source = connect(spec.output.path, spec.output.storage_options)
     output = spec.output.path.rstrip("/")
-    sink, folder = connect(to, spec.output.storage_options), to.rstrip("/")
+    sink = connect(to, spec.output.storage_options)
+    folder = sink.spelled(to)
     parts = [url for _, url in sorted(write.parts(source, output).items(), key=lambda item: item[1])]
     if not parts:
         raise InputError(f"{output}: holds no finished part yet; submit the job first")

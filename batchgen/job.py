@@ -240,6 +240,8 @@ def submit(
             job = job.but(again=again)
         if job.todo:
             job = _with_weights(job)
+            if draining():
+                raise DrainedError(f"drained before anything was begun in {job.output}")
         started(job)
         return _run(job, lease, draining=draining, watch=watch)
 
@@ -289,7 +291,8 @@ def _run(job: Job, lease: Lease, *, draining: Callable[[], bool], watch: Callabl
 
         def watched(tally: Tally) -> None:
             lease.check()
-            _only_failing(tally, spec.max_error_rate)
+            if not job.again:  # whose rows have all failed before
+                _only_failing(tally, spec.max_error_rate)
             watch(tally)
 
         if spec.screen.dedupe != "off":
@@ -408,6 +411,8 @@ def _difference(theirs: dict[str, Any], job: Job) -> str:
     differs = [f"{name} ({theirs.get(name)}, now {job.facts[name]})" for name in ("target_identity", "dtype", "engine")
                if theirs.get(name) != job.facts[name]]  # fmt: skip
     differs += [name for name in ("sampling", "screen", "input") if before.get(name) != now[name]]
+    was = before.get("engine", {}).get("options", {})
+    differs += ["engine.options"] if plan.telling(was) != plan.telling(now["engine"]["options"]) else []
     return ", ".join(differs) or "the chat template"
 
 

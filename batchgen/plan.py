@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,6 +29,26 @@ if TYPE_CHECKING:
 # Most footers fit; one that does not is read again in full.
 TAIL_BYTES = 64 * 1024
 _SIGN = re.compile(r"[*?\[]")
+# Of vLLM's EngineArgs (0.32) those that make another model of the same weights, or take other prompts. The others say
+# where and how fast it runs, and what a job should not be refused for.
+_TELLING = {
+    "default_mm_loras",
+    "disable_sliding_window",
+    "generation_config",
+    "hf_config_path",
+    "hf_overrides",
+    "kv_cache_dtype",
+    "kv_cache_dtype_skip_layers",
+    "load_format",
+    "logits_processors",
+    "max_model_len",
+    "model_class_overrides",
+    "model_weights",
+    "override_generation_config",
+    "quantization",
+    "quantization_config",
+    "watermark_config",
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -78,7 +98,7 @@ def fingerprint(spec: Spec, *, target: str, template: str, dtype: str) -> str:
     `target` is the model's identity, `template` the hash of chat template and tokenizer, `dtype` the resolved one.
     """
     columns = spec.input.model_dump(mode="json", include={"messages", "prompt", "turns", "system", "id", "sampling"})
-    facts: Mapping[str, object] = {
+    facts: dict[str, object] = {
         "target": target,
         "template": template,
         "dtype": dtype,
@@ -87,7 +107,14 @@ def fingerprint(spec: Spec, *, target: str, template: str, dtype: str) -> str:
         "screen": spec.screen.model_dump(mode="json", exclude={"pii": {"project"}}),
         "sampling": spec.sampling.model_dump(mode="json"),
     }
+    if chosen := telling(spec.engine.options):
+        facts["options"] = chosen
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def telling(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `engine.options` that change a row's tokens or its verdict, not only its speed or rounding."""
+    return {name: options[name] for name in sorted(_TELLING & options.keys())}
 
 
 def kept_fields(plan: Plan, check: Callable[[pa.Schema, str], list[pa.Field]]) -> list[pa.Field]:

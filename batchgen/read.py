@@ -4,8 +4,8 @@ Every row of the range comes out, in order and exactly once, whatever it holds: 
 type, bytes that are no text, an id seen before) becomes the row's verdict. Row ids are unique within a shard. Only a
 table of another shape than the job file says is refused, by `check_columns`, before anything runs.
 
-Columns the job does not name are never read, nor row groups outside the range, nor a file as a whole: a part of a
-100 GB table costs the bytes of that part.
+Columns the job does not name are never read, nor a file as a whole: a part of a 100 GB table costs the bytes of the row
+groups that it lies in, and parts that one reader takes in order cost them once.
 """
 
 from __future__ import annotations
@@ -94,48 +94,118 @@ def check_columns(schema: pa.Schema, columns: Columns, file: str) -> list[pa.Fie
     return [_without_parquet_ids(schema.field(name)) for name in columns.keep]
 
 
-def rows(store: Store, shard: Shard, columns: Columns, sampling: Sampling) -> Iterator[Row]:
-    """The rows of `shard` in input order, with `sampling` as the job's default.
+class Reader:
+    """Reads one shard of an input after another.
 
-    `row_id` is the id column's value as text, or `<file below columns.root>#<index>` where there is none to use.
-
-    Raises:
-        InputError: the file is not there, changed since it was planned, lacks a column or is damaged.
-        StoreError: the storage kept failing.
+    Shards of a file that come in order share one pass over its row groups: each group is fetched once, however many
+    shards it is cut into.
     """
-    name = _below(shard.file, columns.root)
-    taken: set[str] = set()
-    for index, values, broken in _records(store, shard, columns):
-        row = Row(f"{name}#{index}", index, sampling, kept={column: values[column] for column in columns.keep})
-        problems = []
-        if broken:
-            problems.append(("bad_text", f"column {broken[0]!r} holds bytes that are not UTF-8; its value is left out"))
-        try:
-            row.row_id = _row_id(values, columns, taken) or row.row_id
-        except _Unusable as unusable:
-            problems.append(unusable.args)
-        while row.row_id in taken:  # the id column of another row holds this very text
-            row.row_id += "+"
-        taken.add(row.row_id)
-        try:
-            row.messages, row.ahead = _messages(values, columns)
-            row.sampling = _sampling(values, columns, sampling)
-        except _Unusable as unusable:
-            problems.append(unusable.args)
-        if problems:
-            row.verdict = Verdict("error", *problems[0])
-        yield row
 
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._opened = contextlib.ExitStack()
+        # File, version and columns that stand open, the row group under way, and its batch at row `_first`.
+        self._what: tuple[str, str, Columns | None] | None = None
+        self._file: pq.ParquetFile | None = None
+        self._leaves: list[str] | None = None
+        self._group, self._first = -1, 0
+        self._batches: Iterator[pa.RecordBatch] = iter(())
+        self._batch: pa.RecordBatch | None = None
 
-def table(store: Store, shard: Shard) -> pa.Table:
-    """The rows of `shard` with all columns, as they stand in the file.
+    def rows(self, shard: Shard, columns: Columns, sampling: Sampling) -> Iterator[Row]:
+        """The rows of `shard` in input order, with `sampling` as the job's default.
 
-    Raises:
-        InputError, StoreError: as `rows`.
-    """
-    with _opened(store, shard) as file:
-        batches = [batch for _, batch in _batches(file, shard, None)]
-        return pa.Table.from_batches(batches, batches[0].schema if batches else file.schema_arrow)
+        `row_id` is the id column's value as text, or `<file below columns.root>#<index>` where there is none to use.
+
+        Raises:
+            InputError: the file is not there, changed since it was planned, lacks a column or is damaged.
+            StoreError: the storage kept failing.
+        """
+        name = _below(shard.file, columns.root)
+        taken: set[str] = set()
+        for index, values, broken in self._records(shard, columns):
+            row = Row(f"{name}#{index}", index, sampling, kept={column: values[column] for column in columns.keep})
+            problems = []
+            if broken:
+                problems.append(
+                    ("bad_text", f"column {broken[0]!r} holds bytes that are not UTF-8; its value is left out")
+                )
+            try:
+                row.row_id = _row_id(values, columns, taken) or row.row_id
+            except _Unusable as unusable:
+                problems.append(unusable.args)
+            while row.row_id in taken:  # the id column of another row holds this very text
+                row.row_id += "+"
+            taken.add(row.row_id)
+            try:
+                row.messages, row.ahead = _messages(values, columns)
+                row.sampling = _sampling(values, columns, sampling)
+            except _Unusable as unusable:
+                problems.append(unusable.args)
+            if problems:
+                row.verdict = Verdict("error", *problems[0])
+            yield row
+
+    def table(self, shard: Shard) -> pa.Table:
+        """The rows of `shard` with all columns, as they stand in the file.
+
+        Raises:
+            InputError, StoreError: as `rows`.
+        """
+        with _in_words(shard.file):
+            batches = [batch for _, batch in self._shard(shard, None)]
+            assert self._file is not None
+            return pa.Table.from_batches(batches, batches[0].schema if batches else self._file.schema_arrow)
+
+    def _records(self, shard: Shard, columns: Columns) -> Iterator[tuple[int, dict[str, Any], list[str]]]:
+        """Row index, Python values by column and the columns with broken text, for each row of the shard."""
+        names = dict.fromkeys(need[0] for need in _needs(columns))
+        with _in_words(shard.file):
+            for first, batch in self._shard(shard, columns):
+                found = {name: _values(batch.column(name)) for name in names}
+                for i in range(batch.num_rows):
+                    broken = [name for name, (_, rows_) in found.items() if i in rows_]
+                    yield first + i, {name: values[i] for name, (values, _) in found.items()}, broken
+
+    def _shard(self, shard: Shard, columns: Columns | None) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """The shard's rows in batches, each with the index of its first row; `columns` None reads all."""
+        entry = self._store.still(shard.file, shard.version)
+        if self._what != (shard.file, shard.version, columns):
+            self._what = None
+            self._opened.close()
+            stream = self._opened.enter_context(self._store.reading(entry))
+            file = self._file = pq.ParquetFile(stream, pre_buffer=True, page_checksum_verification=True)
+            if columns is not None:
+                check_columns(file.schema_arrow, columns, shard.file)
+            self._leaves = None if columns is None else _leaves(file, columns)
+            self._what, self._group = (shard.file, shard.version, columns), -1
+        assert self._file is not None
+        begin, at = 0, shard.start
+        for group in range(self._file.metadata.num_row_groups):
+            end = begin + self._file.metadata.row_group(group).num_rows
+            while at < min(end, shard.stop):
+                batch = self._held(group, begin, at)
+                low, high = at - self._first, min(shard.stop - self._first, batch.num_rows)
+                at = self._first + high
+                yield self._first + low, batch.slice(low, high - low)
+            begin = end
+        if at < shard.stop:
+            raise InputError(f"{shard.file}: has {begin} rows, planned were at least {shard.stop}; plan again")
+        self._store.was(shard.file, shard.version)
+
+    def _held(self, group: int, begin: int, at: int) -> pa.RecordBatch:
+        """The batch that holds row `at`, of the row group that begins at `begin`; `_first` is its first row."""
+        assert self._file is not None
+        if self._group != group or self._first > at:
+            # One group after the other: all that are asked for at once are fetched at once.
+            self._batches = self._file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=self._leaves)
+            self._group, self._first, self._batch = group, begin, None
+        while self._batch is None or at >= self._first + self._batch.num_rows:
+            self._first += 0 if self._batch is None else self._batch.num_rows
+            self._batch = next(self._batches, None)
+            if self._batch is None:
+                raise pa.ArrowInvalid(f"row group {group} has fewer rows than its footer says")
+        return self._batch
 
 
 def _below(file: str, root: str) -> str:
@@ -144,47 +214,13 @@ def _below(file: str, root: str) -> str:
     return file.removeprefix(prefix) if root and file.startswith(prefix) else file.rpartition("/")[2]
 
 
-def _records(store: Store, shard: Shard, columns: Columns) -> Iterator[tuple[int, dict[str, Any], list[str]]]:
-    """Row index, Python values by column and the columns with broken text, for each row of the shard."""
-    with _opened(store, shard) as file:
-        check_columns(file.schema_arrow, columns, shard.file)
-        for first, batch in _batches(file, shard, _leaves(file, columns)):
-            names = dict.fromkeys(need[0] for need in _needs(columns))
-            found = {name: _values(batch.column(name)) for name in names}
-            for i in range(batch.num_rows):
-                broken = [name for name, (_, rows_) in found.items() if i in rows_]
-                yield first + i, {name: values[i] for name, (values, _) in found.items()}, broken
-
-
 @contextlib.contextmanager
-def _opened(store: Store, shard: Shard) -> Iterator[pq.ParquetFile]:
+def _in_words(file: str) -> Iterator[None]:
     try:
-        with store.open(shard.file, version=shard.version) as stream:
-            yield pq.ParquetFile(stream, pre_buffer=True, page_checksum_verification=True)
+        yield
     except (pa.ArrowException, OSError) as error:
         why = str(error).partition("\n")[0][:200]
-        raise InputError(f"{shard.file}: cannot be read as Parquet ({why}); restore the file and plan again") from error
-
-
-def _batches(file: pq.ParquetFile, shard: Shard, leaves: list[str] | None) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """The shard's rows in batches, each with the index of its first row, from the row groups that hold any."""
-    groups: list[int] = []
-    begin = at = 0
-    for group in range(file.metadata.num_row_groups):
-        end = begin + file.metadata.row_group(group).num_rows
-        if max(begin, shard.start) < min(end, shard.stop):
-            at = at if groups else begin
-            groups.append(group)
-        begin = end
-    for batch in file.iter_batches(_BATCH_ROWS, row_groups=groups, columns=leaves):
-        low, high = max(shard.start - at, 0), min(shard.stop - at, batch.num_rows)
-        if low < high:
-            yield at + low, batch.slice(low, high - low)
-        at += batch.num_rows
-        if at >= shard.stop:
-            return
-    if shard.num_rows:
-        raise InputError(f"{shard.file}: has {begin} rows, planned were at least {shard.stop}; plan again")
+        raise InputError(f"{file}: cannot be read as Parquet ({why}); restore the file and plan again") from error
 
 
 def _leaves(file: pq.ParquetFile, columns: Columns) -> list[str]:

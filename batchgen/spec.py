@@ -490,5 +490,6 @@ def _finds(pattern: str, folder: str) -> bool:
             return not names and not globs
         return fnmatch.fnmatchcase(names[0], globs[0]) and match(names[1:], globs[1:])
 
-    whole = [] if set("*?[") & set(pattern) or pattern.endswith(".parquet") else ["**"]
+    # A folder may be called like a file: Spark writes `data.parquet/part-0.parquet`.
+    whole = [] if set("*?[") & set(pattern) else ["**"]
     return match([*parts(folder), "part-00000-0123456789abcdef.parquet"], parts(pattern) + whole)

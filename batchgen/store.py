@@ -267,22 +267,40 @@ class Store:
             InputChangedError: `version` is given and is not the object's, when opened or when closed.
             StoreError: on GCS or S3, the object was replaced while open.
         """
+        with self.reading(self.still(url, version)) as file:
+            yield file
+        if version is not None:
+            self.was(url, version)
+
+    def still(self, url: str, version: str | None) -> Entry:
+        """What is at `url`.
+
+        Raises:
+            InputChangedError: `version` is given and is not the object's.
+        """
         entry = self.info(url)
+        if version not in {None, entry.version}:
+            why = f"changed since it was planned (version {version}, now {entry.version}); plan again"
+            raise InputChangedError(f"{url}: {why}", url)
+        return entry
 
-        def still(now: Entry) -> None:
-            if version not in {None, now.version}:
-                why = f"changed since it was planned (version {version}, now {now.version}); plan again"
-                raise InputChangedError(f"{url}: {why}", url)
+    def was(self, url: str, version: str) -> None:
+        """Whether what was read of `url` was of this version.
 
-        still(entry)
-        with (
-            Path(self._path(url)).open("rb") if isinstance(self.fs, filesystems.Disk) else _Ranged(self, entry) as file
-        ):
-            yield cast("BinaryIO", file)
-        # A shard is read for as long as it runs, and others are not asked for the bytes of one version.
-        if version is not None and self.scheme not in {_GCS, _S3}:
+        Raises:
+            InputChangedError: it may not have been.
+        """
+        # GCS and S3 are asked for the bytes of one version.
+        if self.scheme not in {_GCS, _S3}:
             with contextlib.suppress(FileNotFoundError):  # what was read had its version
-                still(self.info(url))
+                self.still(url, version)
+
+    @contextlib.contextmanager
+    def reading(self, entry: Entry) -> Iterator[BinaryIO]:
+        """A seekable file for ranged reads of one object, of the version in `entry` on GCS and S3."""
+        disk = isinstance(self.fs, filesystems.Disk)
+        with Path(self._path(entry.url)).open("rb") if disk else _Ranged(self, entry) as file:
+            yield cast("BinaryIO", file)
 
     def tails(self, entries: Sequence[Entry], num_bytes: int) -> list[bytes]:
         """The last `num_bytes` of each object (all of a smaller one) in the order of `entries`, all at once."""

@@ -75,8 +75,9 @@ def _sample(found: Job, shards: list[Shard]) -> list[Row]:
     """Up to SURVEY_ROWS rows as they would reach the engine, from up to 8 shards."""
     chosen = shards[:: max(1, len(shards) // 8)][:8]
     rows: list[Row] = []
+    reader = read.Reader(found.source)
     for shard in chosen:
         part = dataclasses.replace(shard, stop=min(shard.stop, shard.start + SURVEY_ROWS // len(chosen)))
-        source = read.rows(found.source, part, found.columns, found.sampling)
+        source = reader.rows(part, found.columns, found.sampling)
         rows += found.kit.renderer.rows(found.kit.screen.rows(source))
     return rows

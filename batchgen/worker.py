@@ -12,7 +12,7 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
-from batchgen import engines, models, record, render
+from batchgen import engines, models, read, record, render
 from batchgen.attempt import Attempt
 from batchgen.errors import (
     AcceptanceError,
@@ -92,6 +92,7 @@ class Worker:
 
     def __init__(self, task: Task, engine: Engine, renderer: Renderer, screen: Screen) -> None:
         self._task, self._engine, self._renderer, self._screen = task, engine, renderer, screen
+        self._reader = read.Reader(task.source)
         self._open: list[Attempt] = []
         self._rows: dict[tuple[str, int, int], tuple[Attempt, Row]] = {}
         self._warned = self._idle = False
@@ -154,7 +155,7 @@ class Worker:
         store = self._task.sink
         before = self._task.source.retries + store.retries
         while not exhausted or self._engine.unfinished:
-            if draining() and self._open:
+            if draining():
                 self._drain()
             looked = time.monotonic()
             while self._engine.unfinished < self._at_once():
@@ -223,10 +224,10 @@ class Worker:
         """None where there is nothing to do."""
         capacity = self._engine.capacity
         if isinstance(item, Piece):
-            attempt = Attempt.join(self._task, item, capacity)
+            attempt = Attempt.join(self._task, item, capacity, self._reader)
             self.refused += [] if attempt else [item]
         else:
-            attempt = Attempt.claim(self._task, item, capacity)
+            attempt = Attempt.claim(self._task, item, capacity, self._reader)
             self.ended += [] if attempt else [item]
         if attempt is not None:
             self._open.append(attempt)

@@ -77,6 +77,17 @@ def test_it_resumes_and_does_what_is_new_but_mixes_nothing(tmp_path: Path) -> No
     assert (other.returncode, "choose an empty folder" in other.stderr) == (73, True), other.stderr
 
 
+def test_a_file_of_which_nothing_is_left_is_written_empty(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    for name in "ab":
+        pl.read_parquet(DIRTY).head(3).write_parquet(source / f"{name}.parquet")
+    done = batchgen("screen", job_file(tmp_path, source), "--to", tmp_path / "clean", "--json")
+    assert done.returncode == 0, done.stderr
+    kept = [len(pl.read_parquet(file)) for file in sorted((tmp_path / "clean").glob("*.parquet"))]
+    assert kept[0] > kept[1] == 0
+
+
 def test_prompts_in_a_column_of_their_own_are_masked_there(tmp_path: Path) -> None:
     asked = ["Write to jane.doe@example.com", "Nothing here"]
     pl.DataFrame({"q": asked, "s": [None, "Mail bob@example.com"], "n": [1, 2]}).write_parquet(tmp_path / "in.parquet")

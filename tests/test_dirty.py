@@ -75,7 +75,7 @@ def rows(path: Path, renderer: Renderer) -> list[Row]:
     store = connect(str(path))
     shard = Shard(0, str(path), store.info(str(path)).version, 0, pq.read_metadata(path).num_rows, "f")
     columns = read.Columns(messages="messages", id="id", keep=("defect", "detail"))
-    return list(renderer.rows(screen.Screen().rows(read.rows(store, shard, columns, Sampling()))))
+    return list(renderer.rows(screen.Screen().rows(read.Reader(store).rows(shard, columns, Sampling()))))
 
 
 def test_every_row_comes_out_as_a_prompt_or_as_a_verdict(rows: list[Row]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -151,6 +152,9 @@ def test_an_export_is_replaced_and_nothing_else_is(rehearsed, tmp_path):
     assert batchgen("export", job, "--form", "messages", "--to", tmp_path / "to").returncode == 0
     assert batchgen("export", job, "--form", "modelopt", "--to", tmp_path / "to").returncode == 0
     assert {file.suffix for file in (tmp_path / "to").iterdir()} == {".jsonl", ".json"}
+    spelled = os.path.relpath(tmp_path / "to")
+    assert batchgen("export", job, "--form", "messages", "--to", spelled).returncode == 0, "the same folder"
+    assert {file.suffix for file in (tmp_path / "to").iterdir()} == {".parquet", ".json"}
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").write_text("all of it")
     refused = batchgen("export", job, "--form", "messages", "--to", tmp_path / "mine")

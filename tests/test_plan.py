@@ -258,6 +258,10 @@ def test_the_fingerprint_holds_what_changes_tokens_and_nothing_else(tmp_path):
         ("engine.kind", "rehearsal"),
     ):
         assert of(**{key: value}) != same, key
+    fp8, longer = {"engine.options": "{quantization: fp8}"}, {"engine.options": "{max_model_len: 4096}"}
+    vllm = {"engine.kind": "vllm"}
+    assert len({of(**vllm, **options) for options in ({}, fp8, longer)}) == 3
+    assert of(**vllm, **{"engine.options": "{gpu_memory_utilization: 0.5}"}) == of(**vllm)
     warm = {"sampling.temperature": "0.5"}
     for key, value in (("sampling.top_p", "0.5"), ("sampling.top_k", "5"), ("sampling.n", "2")):
         assert of(**warm, **{key: value}) != of(**warm), key

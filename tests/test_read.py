@@ -19,7 +19,7 @@ from batchgen import read
 from batchgen.errors import InputError
 from batchgen.read import Columns
 from batchgen.record import Row, Sampling, Shard
-from batchgen.store import Store, connect
+from batchgen.store import Entry, Store, connect
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,7 +38,7 @@ def rows(path: Path, wanted: Columns, start: int = 0, stop: int | None = None) -
     store = connect(str(path))
     stop = pq.read_metadata(path).num_rows if stop is None else stop
     shard = Shard(0, str(path), store.info(str(path)).version, start, stop, "f")
-    return list(read.rows(store, shard, wanted, DEFAULT))
+    return list(read.Reader(store).rows(shard, wanted, DEFAULT))
 
 
 def table(path: Path, data: dict[str, Any], **options: Any) -> Path:
@@ -316,10 +316,11 @@ class Counting:
 
     def __init__(self, store: Store) -> None:
         self.store, self.num_bytes = store, 0
+        self.still, self.was = store.still, store.was
 
     @contextlib.contextmanager
-    def open(self, url: str, *, version: str | None = None) -> Iterator[Any]:
-        with self.store.open(url, version=version) as file:
+    def reading(self, entry: Entry) -> Iterator[Any]:
+        with self.store.reading(entry) as file:
 
             def read(size: int = -1) -> bytes:
                 data = file.read(size)
@@ -337,27 +338,50 @@ def test_only_the_columns_and_row_groups_of_the_shard_are_read(tmp_path: Path) -
     for wanted in (columns(), columns(messages="m")):
         store = Counting(connect(str(path)))
         shard = Shard(0, str(path), store.store.info(str(path)).version, 250, 420, "f")
-        found = list(read.rows(store, shard, wanted, DEFAULT))  # type: ignore[arg-type]
+        found = list(read.Reader(store).rows(shard, wanted, DEFAULT))  # type: ignore[arg-type]
         assert [row.index for row in found] == list(range(250, 420))
         assert found[0].messages == (HI if wanted.messages else [{"role": "user", "content": "p250"}])
         assert store.num_bytes < path.stat().st_size / 100
 
 
-@given(groups=st.lists(st.integers(0, 5), min_size=1, max_size=5), start=st.integers(0, 25), length=st.integers(0, 25))
-def test_any_range_of_rows_comes_out_in_order(
-    tmp_path_factory: pytest.TempPathFactory, groups: list[int], start: int, length: int
+def test_shards_in_order_cost_their_row_group_once(tmp_path: Path) -> None:
+    texts = ["x" * 5_000 + str(i) for i in range(2000)]
+    path = table(tmp_path, {"prompt": texts}, row_group_size=1000, compression="none", use_dictionary=False)
+    store = Counting(connect(str(path)))
+    reader, version = read.Reader(store), store.store.info(str(path)).version  # type: ignore[arg-type]
+
+    def take(start: int) -> list[int]:
+        shard = Shard(0, str(path), version, start, start + 100, "f")
+        return [row.index for row in reader.rows(shard, columns(), DEFAULT)]
+
+    assert [index for start in range(0, 2000, 100) for index in take(start)] == list(range(2000))
+    assert store.num_bytes < 1.1 * path.stat().st_size
+    before = store.num_bytes
+    # Back to an earlier shard, and over one that another worker has: the first group, and no more, once again.
+    assert [take(start) for start in (200, 500, 900)] == [list(range(i, i + 100)) for i in (200, 500, 900)]
+    assert store.num_bytes - before < 0.6 * path.stat().st_size
+
+
+@given(
+    groups=st.lists(st.integers(0, 5), min_size=1, max_size=5),
+    ranges=st.lists(st.tuples(st.integers(0, 25), st.integers(0, 25)), max_size=6),
+)
+def test_one_reader_reads_any_ranges_one_after_the_other(
+    tmp_path_factory: pytest.TempPathFactory, groups: list[int], ranges: list[tuple[int, int]]
 ) -> None:
     path = tmp_path_factory.mktemp("ranges") / "t.parquet"
-    schema = pa.schema([("prompt", pa.string())])
-    num_rows = sum(groups)
-    start, stop = min(start, num_rows), min(start + length, num_rows)
+    num_rows, schema = sum(groups), pa.schema([("prompt", pa.string())])
     texts = iter(range(num_rows))
     with pq.ParquetWriter(path, schema) as writer:
         for size in groups:
             writer.write_table(pa.table({"prompt": pa.array([str(next(texts)) for _ in range(size)], pa.string())}))
-    found = rows(path, columns(), start, stop)
-    assert [row.index for row in found] == list(range(start, stop))
-    assert [row.messages and row.messages[0]["content"] for row in found] == [str(i) for i in range(start, stop)]
+    store = connect(str(path))
+    reader, version = read.Reader(store), store.info(str(path)).version
+    for start, length in ranges:
+        start, stop = min(start, num_rows), min(start + length, num_rows)  # noqa: PLW2901
+        found = list(reader.rows(Shard(0, str(path), version, start, stop, "f"), columns(), DEFAULT))
+        assert [row.messages and row.messages[0]["content"] for row in found] == [str(i) for i in range(start, stop)]
+        assert [row.index for row in found] == list(range(start, stop))
 
 
 @pytest.mark.parametrize(
@@ -402,7 +426,7 @@ def test_a_file_that_cannot_be_read_is_an_input_error_in_one_line(tmp_path: Path
         path.write_bytes(content)
         shard = Shard(0, str(path), store.info(str(path)).version, 0, 100, "f")
     with pytest.raises(InputError, match=r"t\.parquet: ") as caught:
-        list(read.rows(store, shard, columns(), DEFAULT))
+        list(read.Reader(store).rows(shard, columns(), DEFAULT))
     assert "\n" not in str(caught.value)
 
 

@@ -216,6 +216,16 @@ def test_who_is_stopped_past_its_lease_changes_nothing_when_it_wakes(tmp_path):
     assert {file: file.read_bytes() for file in (tmp_path / "out").glob("*.parquet")} == before
 
 
+def test_rows_that_fail_again_do_not_stop_a_retry(tmp_path):
+    """Of the rows that are done again, all have failed once: that most of them do says nothing of the job."""
+    job = rehearsal(tmp_path, rows=750, fail=[f"row-{i}" for i in range(0, 750, 6)])
+    job.write_text(job.read_text() + "max_error_rate: 0.2\n")
+    assert batchgen("submit", job).returncode == 0
+    again = batchgen("submit", job, "--retry-failed")
+    assert again.returncode == 0, again.stderr
+    assert "625 ok, 125 error" in again.stdout
+
+
 def test_failed_rows_are_done_again_and_nothing_else(tmp_path):
     """The part with failed rows is replaced, these count their attempts, and no other row is touched."""
 

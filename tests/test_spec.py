@@ -297,6 +297,7 @@ def test_braces_that_are_no_template_stay() -> None:
         ("in/prompts-*.parquet", "in", False),  # parts have another name
         ("in/prompts.parquet", "in", False),
         ("in.parquet", ".", False),
+        ("in.parquet", "in.parquet/out", True),  # a folder, as Spark names them
         ("*.parquet", ".", True),
         ("gs://b/in/*.parquet", "gcs://b/in", True),
         ("gs://b/in/*.parquet", "gs://c/in", False),
