@@ -73,7 +73,7 @@ class Claim:
         shard: Shard | None = None,
         alone: tuple[str, int] | None = None,
     ) -> Claim:
-        """The next claim, with everything that `before` accepted and wrote; `alone` as `_alone` found it."""
+        """The next claim, with everything that `before` accepted and wrote; `alone` as that function found it."""
         origin = (shard.file, shard.version, shard.fingerprint) if shard else ("", "", "")
         nonce = uuid.uuid4().hex[:12]
         if before is None:

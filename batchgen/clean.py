@@ -62,7 +62,22 @@ def run(spec: Spec, to: str, *, draining: Callable[[], bool] = lambda: False) ->
     kind = spec.screen.dedupe
     if kind != "off" and len(done) < len(found.plan.shards):
         files = found.plan.files
-        dedupe.mark(found.source, sink, folder, files, found.columns, found.sampling, kind, check=check)
+        written: dict[str, list[dedupe.Done]] = {}
+        for shard in found.plan.shards:
+            if shard.part_name in done:
+                part = dedupe.Done(shard.start, shard.stop, f"{folder}/{shard.part_name}")
+                written.setdefault(shard.file, []).append(part)
+        dedupe.mark(
+            found.source,
+            sink,
+            folder,
+            files,
+            found.columns,
+            found.sampling,
+            kind,
+            done=written,
+            check=check,
+        )
     cleaned = Cleaned(to)
     readers = read.Reader(found.source), read.Reader(found.source)
     for shard in found.plan.shards:

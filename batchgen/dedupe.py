@@ -1,9 +1,12 @@
 """Equal prompts over a whole input: which rows ask what an earlier row asks, found before a run, told to its workers.
 
 Each file's rows are hashed once, 16 bytes each, and kept in the output folder, so that a new file costs only itself.
+Equal is what would be generated from the same messages under the same sampling, character for character; a row that is
+an error by itself neither repeats nor is repeated.
+
 Files count in the order in which they were first seen: one that comes later and sorts before cannot make a finished
-row a repetition. Equal is what would be generated from the same messages under the same sampling, character for
-character; a row that is an error by itself neither repeats nor is repeated.
+row a repetition. A row that stands in the output as a repetition stays one. Where what it repeats went away without an
+answer, it is nobody's first, so that another row is, and if there is none the run is refused.
 
 Nearly equal (`near`, 128 bytes each) is what shares a band of its MinHash signature (rensa's, of groups of 5 characters
 of what is said to the target, in lower case; locality-sensitive hashing, Leskovec et al., Mining of Massive Datasets,
@@ -20,18 +23,19 @@ import itertools
 import json
 import logging
 import math
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 
 from batchgen import read, screen
-from batchgen.errors import CorruptOutputError, SpecError
+from batchgen.errors import CorruptOutputError, OutputConflictError, SpecError
 from batchgen.record import Shard, Verdict
 from batchgen.store import STATE_FOLDER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Set as AbstractSet
 
     import polars as pl
 
@@ -41,6 +45,15 @@ if TYPE_CHECKING:
     from batchgen.store import Store
 
 Kind: TypeAlias = Literal["exact", "near"]
+
+
+class Done(NamedTuple):
+    """Rows of a file, from `start` up to `stop`, that stand in the output, in `part`."""
+
+    start: int
+    stop: int
+    part: str
+
 
 log = logging.getLogger("batchgen.dedupe")
 
@@ -61,15 +74,20 @@ def mark(
     sampling: Sampling,
     kind: Kind,
     *,
+    done: Mapping[str, Sequence[Done]] | None = None,
+    elsewhere: Callable[[str, str | None], bool] = lambda file, version: False,
     check: Callable[[], None] = lambda: None,
 ) -> int:
     """Find all repetitions in `files` and note them where `repetitions` looks; how many there are.
 
-    `check` is called every few thousand rows, to raise what should end it; files that were hashed stay so.
+    `done` are the rows of each file that stand in the output; `elsewhere` tells whether rows of other files do, by URL
+    and version, None for any. `check` is called every few thousand rows, to raise what should end it; files that were
+    hashed stay so.
 
     Raises:
         InputError: a file is not there, changed since it was planned, or is damaged.
         CorruptOutputError: what was kept of a file is not of its rows.
+        OutputConflictError: rows stand in the output as repetitions of rows that went away without an answer.
         SpecError: near repetitions are wanted and rensa is not installed.
     """
     keys = [_key(file.url, file.version, columns, kind) for file in files]
@@ -79,8 +97,10 @@ def mark(
         if f"{key}.hashes" not in kept:
             sink.put(_url(output, f"{key}.hashes"), _hashes(source, file, columns, sampling, kind, check))
     ranked = sorted(zip(keys, files, strict=True), key=lambda pair: order[pair[0]])
+    done, old = done or {}, {key for key in keys if f"{key}.repetitions" in kept}
+    stands = _standing(sink, output, ranked, old, done, elsewhere)
     num_found = 0
-    for key, found in _repeated(sink, output, ranked, kind, check).items():
+    for key, found in _repeated(sink, output, ranked, kind, stands, done, check).items():
         sink.put(_url(output, f"{key}.repetitions"), _encode(found))
         num_found += found.num_rows
     return num_found
@@ -92,11 +112,7 @@ def repetitions(sink: Store, output: str, shard: Shard, columns: Columns, kind: 
     Raises:
         CorruptOutputError: `mark` noted nothing of the shard's file.
     """
-    url = _url(output, f"{_key(shard.file, shard.version, columns, kind)}.repetitions")
-    try:
-        table = pa.ipc.open_file(io.BytesIO(sink.read(url))).read_all()
-    except (FileNotFoundError, pa.ArrowException, OSError) as error:
-        raise CorruptOutputError(f"{url}: {error}; submit again") from error
+    table = _noted(sink, output, _key(shard.file, shard.version, columns, kind))
     index = table["index"].to_numpy()
     low, high = index.searchsorted([shard.start, shard.stop])
     rows = table.slice(low, high - low)
@@ -111,6 +127,14 @@ def judged(rows: Iterable[Row], found: Mapping[int, str], kind: Kind) -> Iterato
         if row.verdict is None and row.index in found:
             row.verdict = Verdict("skipped", error_type, f"{asks} what {found[row.index]} asks")
         yield row
+
+
+def _noted(sink: Store, output: str, key: str) -> pa.Table:
+    url = _url(output, f"{key}.repetitions")
+    try:
+        return pa.ipc.open_file(io.BytesIO(sink.read(url))).read_all()
+    except (FileNotFoundError, pa.ArrowException, OSError) as error:
+        raise CorruptOutputError(f"{url}: {error}; submit again") from error
 
 
 def _url(output: str, name: str) -> str:
@@ -197,22 +221,100 @@ def _asked(row: Row) -> list[tuple[str, str]]:
     return [*((message["role"], message["content"]) for message in row.messages), *(("user", it) for it in row.ahead)]
 
 
+def _standing(
+    sink: Store,
+    output: str,
+    ranked: Sequence[tuple[str, File]],
+    noted: AbstractSet[str],
+    done: Mapping[str, Sequence[Done]],
+    elsewhere: Callable[[str, str | None], bool],
+) -> pl.DataFrame:
+    """Rows that stand in the output as repetitions: `at`, counted over all files, of which row, and if that is `lost`.
+
+    Those are all repetitions that were `noted` before their part was made: what is noted of them stays.
+    """
+    import polars as pl
+
+    facts = {"at": pl.Int64, "file": pl.String, "row": pl.UInt32, "version": pl.String}
+    found, start = [pl.DataFrame(schema=facts)], 0
+    for key, file in ranked:
+        if key in noted and file.url in done:
+            rows = pl.DataFrame(_noted(sink, output, key))
+            if "version" not in rows.columns:  # as batchgen noted it once
+                rows = rows.with_columns(version=pl.lit(None, pl.String))
+            stands = pl.any_horizontal(pl.col("index").is_between(d.start, d.stop, "left") for d in done[file.url])
+            found.append(
+                rows.filter(stands).select((pl.col("index") + start).cast(pl.Int64).alias("at"), *[*facts][1:])
+            )
+        start += file.num_rows
+    every = pl.concat(found)
+    versions = {file.url: file.version for _, file in ranked}
+
+    def lost(file: str, version: str | None) -> bool:
+        if file in versions:
+            # Of another version there is no part: such parts are refused.
+            return version not in (None, versions[file])
+        return not elsewhere(file, version)
+
+    which = every.select("file", "version").unique()
+    which = which.with_columns(lost=pl.Series([lost(*pair) for pair in which.rows()], dtype=pl.Boolean))
+    return every.join(which, on=["file", "version"], how="left", nulls_equal=True).sort("at")
+
+
 def _repeated(
-    sink: Store, output: str, ranked: Sequence[tuple[str, File]], kind: Kind, check: Callable[[], None]
+    sink: Store,
+    output: str,
+    ranked: Sequence[tuple[str, File]],
+    kind: Kind,
+    stands: pl.DataFrame,
+    done: Mapping[str, Sequence[Done]],
+    check: Callable[[], None],
 ) -> dict[str, pa.Table]:
-    """For each key the rows that repeat an earlier one: `index`, and that one's `file` and `row`."""
+    """For each key the rows that repeat an earlier one: `index`, and that one's `file`, `version` and `row`."""
     import polars as pl
 
     starts = np.cumsum([0, *(file.num_rows for _, file in ranked)])
-    again, first = _greedy(*_alike(sink, output, ranked, kind, starts, check))
+    before = dict(zip(stands["at"].to_list(), stands["lost"].to_list(), strict=True))
+    again, first, unanswered = _greedy(*_alike(sink, output, ranked, kind, starts, check), before)
+    if unanswered:
+        _refuse(unanswered, ranked, starts, stands, done)
     rank = np.searchsorted(starts, first, side="right") - 1
-    names = pl.Series("file", [file.url for _, file in ranked], pl.String)
+    # Of what stands and repeats nothing that is here, what was noted stays.
+    kept = np.flatnonzero(first < 0)
+    old = stands[np.searchsorted(stands["at"].to_numpy(), again[kept])]
+    facts = {"at": again, "row": (first - starts[rank]).astype(np.uint32)}
+    for name in ("file", "version"):
+        names = pl.Series([getattr(file, name.replace("file", "url")) for _, file in ranked], dtype=pl.String)
+        facts[name] = names.gather(np.maximum(rank, 0))
+    every = pl.DataFrame(facts)
+    every = pl.concat([every[np.flatnonzero(first >= 0)], old.select(every.columns)]).sort("at")
     tables = {}
     for (key, _), low, high in zip(ranked, starts[:-1], starts[1:], strict=True):
-        at = slice(*np.searchsorted(again, [low, high]))
-        facts = {"index": (again[at] - low).astype(np.uint32), "file": names.gather(rank[at])}
-        tables[key] = pl.DataFrame(facts | {"row": (first[at] - starts[rank[at]]).astype(np.uint32)}).to_arrow()
+        mine = every.filter(pl.col("at").is_between(low, high, "left"))
+        index = (pl.col("at") - low).cast(pl.UInt32).alias("index")
+        tables[key] = mine.select(index, "file", "row", "version").to_arrow()
     return tables
+
+
+def _refuse(
+    unanswered: Sequence[int],
+    ranked: Sequence[tuple[str, File]],
+    starts: np.ndarray,
+    stands: pl.DataFrame,
+    done: Mapping[str, Sequence[Done]],
+) -> None:
+    """Raise what says which parts hold rows that nobody answers."""
+    parts: dict[str, None] = {}
+    for at in unanswered:
+        rank = int(np.searchsorted(starts, at, side="right")) - 1
+        index = at - int(starts[rank])
+        parts |= {d.part: None for d in done[ranked[rank][1].url] if d.start <= index < d.stop}
+    row = stands.row(int(stands["at"].search_sorted(unanswered[0])), named=True)
+    raise OutputConflictError(
+        f"{len(unanswered):,} rows stand in {', '.join([*parts][:3])} as repetitions of rows that went away without an "
+        f"answer, such as row {row['row']} of {row['file']}; remove {'these parts' if len(parts) > 1 else 'this part'} "
+        f"({len(parts)}), and they are answered"
+    )
 
 
 def _alike(
@@ -250,23 +352,30 @@ def _alike(
     return every["at"].to_numpy(), every["group"].to_numpy()
 
 
-def _greedy(at: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _greedy(at: np.ndarray, group: np.ndarray, stands: Mapping[int, bool]) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """Rows that share a group with an earlier one that stays, and that one; `at` is in order.
 
-    So a row that is left out leaves nobody else out: likeness does not pass along.
+    So a row that is left out leaves nobody else out: likeness does not pass along. Rows that stand as repetitions are
+    left out whatever comes, with -1 where nothing earlier stays; those that are lost let others stay, and the last of
+    what is returned are those of them for whom nobody does.
     """
     stays = np.full(1 + int(group.max(initial=0)), -1, np.int64)
-    again, first = [], []
+    found: dict[int, int] = dict.fromkeys(stands, -1)
+    groups: dict[int, np.ndarray] = {}
     edges = np.flatnonzero(np.diff(at.astype(np.int64), prepend=-1, append=-1))
     for begin, end in itertools.pairwise(edges):
-        mine = group[begin:end]
+        row, mine = int(at[begin]), group[begin:end]
         known = stays[mine]
         if (known >= 0).any():
-            again.append(int(at[begin]))
-            first.append(int(known[known >= 0].min()))
+            found[row] = int(known[known >= 0].min())
+        elif stands.get(row):
+            groups[row] = mine
         else:
-            stays[mine] = at[begin]
-    return np.array(again, np.int64), np.array(first, np.int64)
+            stays[mine] = row
+    lost = [row for row, is_lost in stands.items() if is_lost and found[row] < 0]
+    unanswered = [row for row in lost if row not in groups or not (stays[groups[row]] >= 0).any()]
+    again = np.array(sorted(found), np.int64)
+    return again, np.array([found[row] for row in again.tolist()], np.int64), unanswered
 
 
 def _kept(sink: Store, output: str, key: str, file: File, kind: Kind, band: int | None = None) -> np.ndarray:

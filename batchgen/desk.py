@@ -1,6 +1,6 @@
 """Which worker has which shard: hand-out one at a time, work that moves to who has none, shards of the dead.
 
-Plain bookkeeping on one thread, without Ray, storage or clocks: `cluster` puts it into an actor that workers ask, and
+Plain bookkeeping on one thread, without Ray, storage or clocks: `actors` puts it into one that workers ask, and
 examples/bench/desk.py asks it in the name of a thousand. A worker takes a shard when it has room for more rows, so a
 slow one holds up nobody. Once none is left, who has rows to spare is ordered to give some of them up (`Give`), and they
 go as a `Piece` to who asks next. A piece comes back to the shard's owner, finished (`Merge`) or not (`TakeBack`);

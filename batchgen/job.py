@@ -321,7 +321,23 @@ def _mark_duplicates(job: Job, kind: dedupe.Kind, lease: Lease, draining: Callab
             raise DrainedError(f"drained while looking for duplicates; finished files are noted in {job.output}")
 
     output = job.sink.spelled(job.output)
-    found = dedupe.mark(job.source, job.sink, output, job.plan.files, job.columns, job.sampling, kind, check=check)
+    done: dict[str, list[dedupe.Done]] = {}
+    for shard in job.plan.shards:
+        if shard.key in job.parts:
+            done.setdefault(shard.file, []).append(dedupe.Done(shard.start, shard.stop, job.parts[shard.key]))
+    others = functools.cache(lambda: plan.answered(job.sink, job.parts, job.plan))
+    found = dedupe.mark(
+        job.source,
+        job.sink,
+        output,
+        job.plan.files,
+        job.columns,
+        job.sampling,
+        kind,
+        done=done,
+        elsewhere=lambda file, version: any(f == file and version in {None, v} for f, v in others()),
+        check=check,
+    )
     nearly = "nearly " if kind == "near" else ""
     log.info("%s of %s rows ask %swhat an earlier one asks", f"{found:,}", f"{job.plan.num_rows:,}", nearly)
 

@@ -21,13 +21,14 @@ from batchgen.errors import InputError
 from batchgen.record import Shard
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from batchgen.spec import Spec
     from batchgen.store import Entry, Store
 
 # Most footers fit; one that does not is read again in full.
 TAIL_BYTES = 64 * 1024
+TAILS_AT_ONCE = 1024
 _SIGN = re.compile(r"[*?\[]")
 # Of vLLM's EngineArgs (0.32) those that make another model of the same weights, or take other prompts. The others say
 # where and how fast it runs, and what a job should not be refused for.
@@ -82,7 +83,7 @@ def make(store: Store, spec: Spec, fingerprint: str) -> Plan:
         InputError: nothing matches the path, or a file is not Parquet.
     """
     entries = _entries(store, spec.input.path)
-    files = [_file(store, entry, tail) for entry, tail in zip(entries, store.tails(entries, TAIL_BYTES), strict=True)]
+    files = [_file(store, entry, tail) for entry, tail in _tails(store, entries)]
     shards: list[Shard] = []
     step = spec.checkpoint.rows_per_part
     for file in files:
@@ -181,6 +182,14 @@ def strangers(store: Store, parts: Mapping[str, str], made: Plan) -> list[str]:
     return lines
 
 
+def answered(store: Store, parts: Mapping[str, str], made: Plan) -> set[tuple[str, str]]:
+    """The versions of files, by URL, of which `parts` of this fingerprint hold rows that `made` does not know."""
+    own = {shard.key for shard in made.shards}
+    footers = _footers(store, {url for key, url in parts.items() if key not in own})
+    facts = [_facts(footer) for _, footer in footers if not isinstance(footer, Exception)]
+    return {(f["file"], f["file_version"]) for f in facts if f.get("fingerprint") == made.fingerprint}
+
+
 def failed(store: Store, parts: Mapping[str, str], made: Plan) -> dict[str, str]:
     """Those of `parts`, shard keys to URLs, that are of this plan and hold rows with status "error"."""
     keys = {parts[shard.key]: shard.key for shard in made.shards if shard.key in parts}
@@ -202,11 +211,18 @@ def _footers(store: Store, urls: set[str]) -> Iterator[tuple[str, pq.FileMetaDat
     folders = {url.rpartition("/")[0] for url in urls}
     found = {url: entry for folder in folders for url, entry in store.find(folder, recursive=False).items()}
     entries = [found[url] for url in sorted(urls & found.keys())]
-    for entry, tail in zip(entries, store.tails(entries, TAIL_BYTES), strict=True):
+    for entry, tail in _tails(store, entries):
         try:
             yield entry.url, _footer(store, entry, tail)
         except (ValueError, OSError, pa.ArrowException) as error:
             yield entry.url, error
+
+
+def _tails(store: Store, entries: Sequence[Entry]) -> Iterator[tuple[Entry, bytes]]:
+    """The end of each object, many at a time, and not all at once: they may be a hundred thousand."""
+    for start in range(0, len(entries), TAILS_AT_ONCE):
+        some = entries[start : start + TAILS_AT_ONCE]
+        yield from zip(some, store.tails(some, TAIL_BYTES), strict=True)
 
 
 def _facts(footer: pq.FileMetaData) -> dict[str, str]:

@@ -50,7 +50,7 @@ class Sampling:
 class Shard:
     """A range of rows of one version of one file under one generation fingerprint.
 
-    `index` is an ordinal for people; identity is the hash of the other fields alone (design decision 4).
+    `index` is an ordinal for people; identity is the hash of the other fields alone.
     """
 
     index: int

@@ -21,7 +21,7 @@ class Survey:
     """What `submit` would do; sizes in bytes, estimates None where nothing was measured yet.
 
     `prompt_tokens` are the token counts of the sampled rows that would be generated, `verdicts` counts the others by
-    reason.
+    reason. Rows that repeat others, as `dedupe` says, are not looked for.
     """
 
     files: int
@@ -34,6 +34,7 @@ class Survey:
     verdicts: dict[str, int]
     output_bytes: int
     estimate_s: float | None
+    dedupe: str
 
 
 def survey(spec: Spec) -> Survey:
@@ -67,6 +68,7 @@ def survey(spec: Spec) -> Survey:
         prompt_tokens=prompt_tokens,
         verdicts=verdicts,
         output_bytes=output_bytes,
+        dedupe=spec.screen.dedupe,
         estimate_s=num_completions * cost.tokens_per_row / cost.tokens_per_s if cost else None,
     )
 

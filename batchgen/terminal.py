@@ -205,7 +205,11 @@ def survey(found: Survey) -> str:
     table.add_row("shards", f"{found.shards:,}, {found.shards - found.shards_todo:,} done, {found.shards_todo:,} to do")
     if found.sampled:
         generated = len(found.prompt_tokens)
-        table.add_row("sample", f"{found.sampled:,} rows: {generated:,} would be generated")
+        table.add_row(
+            "sample",
+            f"{found.sampled:,} rows: {generated:,} would be generated"
+            + ", duplicates aside" * (found.dedupe != "off"),
+        )
         for reason, count in sorted(found.verdicts.items()):
             table.add_row("", f"{count:,} {reason}")
         for label, count in _histogram(found.prompt_tokens):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchgen import dedupe, plan, read
+from batchgen.errors import OutputConflictError
 from batchgen.record import Sampling, Shard
 from batchgen.store import connect
 
@@ -128,6 +130,69 @@ def test_a_job_generates_each_prompt_once_and_says_what_the_others_repeat(tmp_pa
     assert skipped["row_id"].to_list() == [f"a{i}" for i in range(4, 10)] + ["b0"]
     assert skipped["error"][-1] == f"asks what row 1 of {tmp_path}/in/b.parquet asks"
     assert skipped["completion_tokens"].to_list() == [0] * 7
+
+
+NAMES = ("a.parquet", "b.parquet")
+NIGHTS = st.lists(
+    st.one_of(
+        st.tuples(st.just("write"), st.sampled_from(NAMES), st.lists(st.sampled_from("xy"), min_size=1, max_size=2)),
+        st.tuples(st.just("remove"), st.sampled_from(NAMES), st.none()),
+        st.tuples(st.just("run"), st.sampled_from((*NAMES, "all")), st.none()),
+    ),
+    min_size=4,
+    max_size=8,
+)
+
+
+@settings(max_examples=200)
+@given(NIGHTS)
+def test_every_prompt_is_answered_whatever_becomes_of_files(
+    tmp_path_factory: pytest.TempPathFactory, nights: list[tuple[str, str, Any]]
+) -> None:
+    """Files come, change and go, and runs end with some of them done: no row stands as the repetition of nothing."""
+    folder = tmp_path_factory.mktemp("in")
+    store, out = connect(str(folder)), f"{folder}/out"
+    parts: dict[tuple[str, str], list[tuple[str, bool]]] = {}  # prompts, and whether they are answered
+
+    def run(which: str) -> None:
+        there = [name for name in NAMES if (folder / name).exists()]
+        tables = {name: pl.read_parquet(folder / name)["prompt"].to_list() for name in there}
+        urls = {name: f"{folder}/{name}" for name in there}
+        versions = {name: store.info(url).version for name, url in urls.items()}
+        files = [plan.File(urls[n], versions[n], len(tables[n]), pa.schema([])) for n in there]
+        while True:
+            done = {urls[n]: [dedupe.Done(0, len(tables[n]), n)] for n in there if (urls[n], versions[n]) in parts}
+            try:
+                dedupe.mark(
+                    store, store, out, files, COLUMNS, Sampling(), "exact", done=done,
+                    elsewhere=lambda file, version: any(f == file and version in {None, v} for f, v in parts),
+                )  # fmt: skip
+                break
+            except OutputConflictError as refused:
+                named = [name for name in there if name in str(refused).partition(" as ")[0]]
+                assert named
+                for name in named:  # as it says
+                    del parts[urls[name], versions[name]]
+        for name in there if which == "all" else {which} & {*there}:
+            shard = Shard(0, urls[name], versions[name], 0, len(tables[name]), "")
+            again = dedupe.repetitions(store, out, shard, COLUMNS, "exact")
+            parts.setdefault(
+                (urls[name], versions[name]), [(prompt, i not in again) for i, prompt in enumerate(tables[name])]
+            )
+
+    for stamp, (what, name, prompts) in enumerate([*nights, ("run", "all", None)]):
+        if what == "run":
+            run(name)
+            continue
+        if what == "write":  # parts of another version are refused
+            for url, version in [key for key in parts if key[0] == f"{folder}/{name}"]:
+                del parts[url, version]
+        (folder / name).unlink(missing_ok=True)
+        if what == "write":
+            table(folder, name, prompts)
+            os.utime(folder / name, (stamp, stamp))
+    answered = {prompt for rows in parts.values() for prompt, is_answered in rows if is_answered}
+    assert answered >= {prompt for rows in parts.values() for prompt, _ in rows}
 
 
 @settings(max_examples=20)
