@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from batchgen.spec import Spec
+    from batchgen.tally import Tally
 
 _SPEC = click.argument("spec", type=click.Path(exists=True, dir_okay=False))
 _SET = click.option(
@@ -88,17 +89,22 @@ def submit(spec: str, overrides: tuple[str, ...], mix: bool, retry_failed: bool,
     job, resumes it after a crash, does what is new in its input, or finds that there is nothing to do.
     """
     loaded = _load(spec, overrides)
-    drain = _Drain()
+    drain = _Drain(at_once=True)
     from batchgen import job, terminal
 
     with terminal.Watcher(log_mode) as watcher:
+
+        def watch(tally: Tally) -> None:
+            drain.later()
+            watcher.watch(tally)
+
         result = job.submit(
             loaded,
             mix=mix,
             retry_failed=retry_failed,
             draining=drain.requested,
             started=watcher.started,
-            watch=watcher.watch,
+            watch=watch,
         )
     facts = result.summary.as_json() | {"output": result.output, "ran": result.tally is not None}
     click.echo(json.dumps(facts) if as_json else terminal.outcome(result))
@@ -308,10 +314,14 @@ def _load(path: str, overrides: tuple[str, ...]) -> Spec:
 
 
 class _Drain:
-    """Asks the job to drain on the first SIGINT or SIGTERM; a second one ends the process at once."""
+    """Asks the job to drain on the first SIGINT or SIGTERM; a second one ends the process at once.
 
-    def __init__(self) -> None:
-        self._requested = False
+    With `at_once` the first one ends, until `later` is called, whatever is waited for: a model may take longer to load
+    than a machine that is preempted has left.
+    """
+
+    def __init__(self, *, at_once: bool = False) -> None:
+        self._requested, self._at_once = False, at_once
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._request)
 
@@ -321,6 +331,11 @@ class _Drain:
             f"{signal.Signals(number).name}: draining; once more ends at once (nothing journalled is lost)", err=True
         )
         signal.signal(number, signal.SIG_DFL)
+        if self._at_once:
+            raise DrainedError("drained before the first step; the same command begins again")
+
+    def later(self) -> None:
+        self._at_once = False
 
     def requested(self) -> bool:
         return self._requested

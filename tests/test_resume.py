@@ -185,6 +185,19 @@ def test_a_signal_drains_and_the_next_submit_goes_on(tmp_path, number):
     assert len(rows(tmp_path / "out")) == 60
 
 
+def test_a_signal_while_the_model_loads_ends_it_at_once(tmp_path):
+    job = job_file(tmp_path)
+    process = start("submit", job, "--log", "plain")
+    wait_until_ready(process)
+    time.sleep(0.2)  # the weights are being read
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert "drained before the first step" in errors
+    assert not list((tmp_path / "out").rglob("seg-*"))
+    assert batchgen("status", job).returncode == 0
+
+
 def test_of_two_submits_at_once_one_runs_and_the_other_says_who(tmp_path):
     job = rehearsal(tmp_path, rows=60, step_s=0.2)
     first = start("submit", job, "--log", "plain")
