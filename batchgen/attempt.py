@@ -63,6 +63,19 @@ class Task:
     dedupe: dedupe.Kind | None = None
 
 
+class Source:
+    """The rows of one shard after another, with verdicts for those that repeat others."""
+
+    def __init__(self, task: Task) -> None:
+        self._task, self._reader = task, read.Reader(task.source)
+        self._noted = dedupe.Noted(task.sink, task.output, task.columns, task.dedupe) if task.dedupe else None
+
+    def rows(self, shard: Shard) -> Iterator[Row]:
+        """The rows of `shard`; raises as `read.Reader.rows` and `dedupe.Noted.judged`."""
+        rows = self._reader.rows(shard, self._task.columns, self._task.sampling)
+        return rows if self._noted is None else self._noted.judged(rows, shard)
+
+
 class Attempt:
     """A shard whose rows are under way, from its claim on; or a `piece` of one.
 
@@ -76,7 +89,7 @@ class Attempt:
         shard: Shard,
         journal: Journal,
         capacity: int,
-        reader: read.Reader,
+        source: Source,
         *,
         piece: Piece | None = None,
     ) -> None:
@@ -95,7 +108,7 @@ class Attempt:
         self.suspicious = journal.deaths > 0
         self.returned: list[Piece] = []
         self.running = 0
-        self._task, self._capacity, self._reader = task, capacity, reader
+        self._task, self._capacity, self._source = task, capacity, source
         # Rows before the cursor are begun, those from the limit on belong to helpers.
         self._cursor, self._limit = (shard.start, shard.stop) if piece is None else (0, 0)
         self._given = 0
@@ -105,7 +118,7 @@ class Attempt:
         self._read = False
 
     @classmethod
-    def claim(cls, task: Task, shard: Shard, capacity: int, reader: read.Reader) -> Attempt | None:
+    def claim(cls, task: Task, shard: Shard, capacity: int, source: Source) -> Attempt | None:
         """Begin, with the rows that earlier attempts journalled; None if there is nothing to do.
 
         `capacity` is the engine's. A worker may have died between committing the shard and telling so.
@@ -135,7 +148,7 @@ class Attempt:
             max_rows=task.journal_rows,
             max_seconds=task.journal_seconds,
         )
-        made = cls(task, shard, journal, capacity, reader)
+        made = cls(task, shard, journal, capacity, source)
         made._part, made._attempts = part, attempts
         made.standing = again[1].num_rows if again else 0
         if journal.deaths > 1:
@@ -144,7 +157,7 @@ class Attempt:
         return made
 
     @classmethod
-    def join(cls, task: Task, piece: Piece, capacity: int, reader: read.Reader) -> Attempt | None:
+    def join(cls, task: Task, piece: Piece, capacity: int, source: Source) -> Attempt | None:
         """Help with a shard of another worker; None if that worker's attempt is over."""
         journal = Journal.join(
             task.sink,
@@ -154,7 +167,7 @@ class Attempt:
             max_rows=task.journal_rows,
             max_seconds=task.journal_seconds,
         )
-        return None if journal is None else cls(task, piece.shard, journal, capacity, reader, piece=piece)
+        return None if journal is None else cls(task, piece.shard, journal, capacity, source, piece=piece)
 
     @property
     def complete(self) -> bool:
@@ -191,7 +204,7 @@ class Attempt:
         if self.piece is not None:
             yield from self.again(self.piece)
         else:
-            for row in self._source(self.shard):
+            for row in self._source.rows(self.shard):
                 self._order.append(row.row_id)
                 if row.index < self._limit:
                     self._cursor = row.index + 1
@@ -211,17 +224,9 @@ class Attempt:
     def again(self, piece: Piece) -> Iterator[Row]:
         """The rows of a piece; all before them are read, because ids are made unique in their order."""
         upto = dataclasses.replace(self.shard, stop=piece.stop)
-        for row in self._source(upto):
+        for row in self._source.rows(upto):
             if row.index >= piece.start:
                 yield row
-
-    def _source(self, shard: Shard) -> Iterator[Row]:
-        task = self._task
-        rows = self._reader.rows(shard, task.columns, task.sampling)
-        if task.dedupe is None:
-            return rows
-        found = dedupe.repetitions(task.sink, task.output, shard, task.columns, task.dedupe)
-        return dedupe.judged(rows, found, task.dedupe)
 
     def give(self) -> Piece | None:
         """Give up the end of what is not begun, at most half; None when that is nothing."""

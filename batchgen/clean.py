@@ -79,10 +79,17 @@ def run(spec: Spec, to: str, *, draining: Callable[[], bool] = lambda: False) ->
             check=check,
         )
     cleaned = Cleaned(to)
-    readers = read.Reader(found.source), read.Reader(found.source)
+    rows, whole = read.Reader(found.source), read.Reader(found.source)
+    noted = None if kind == "off" else dedupe.Noted(sink, folder, found.columns, kind)
+
+    def screened(shard: Shard) -> dict[str, Any]:
+        judged: Iterable[Row] = rows.rows(shard, found.columns, found.sampling)
+        judged = judged if noted is None else noted.judged(judged, shard)
+        return _screened(found, sink, folder, shard, judged, whole)
+
     for shard in found.plan.shards:
         check()
-        facts = done.get(shard.part_name) or _screened(found, sink, folder, shard, *readers)
+        facts = done.get(shard.part_name) or screened(shard)
         cleaned.files += 1
         cleaned.rows += shard.num_rows
         cleaned.kept += facts["kept"]
@@ -109,18 +116,14 @@ def _done(sink: Store, folder: str, found: Job) -> dict[str, dict[str, Any]]:
 
 
 def _screened(
-    found: Job, sink: Store, folder: str, shard: Shard, judged: read.Reader, whole: read.Reader
+    found: Job, sink: Store, folder: str, shard: Shard, rows: Iterable[Row], whole: read.Reader
 ) -> dict[str, Any]:
-    """Store the shard's rows that pass."""
+    """Store the shard's `rows` that pass."""
     screen = found.kit.screen.fresh()  # its own, for its counts
-    source: Iterable[Row] = judged.rows(shard, found.columns, found.sampling)
-    kind = found.spec.screen.dedupe
-    if kind != "off":
-        source = dedupe.judged(source, dedupe.repetitions(sink, folder, shard, found.columns, kind), kind)
     said: dict[int, list[Message]] = {}
 
     def noted() -> Iterator[Row]:
-        for row in screen.rows(source):
+        for row in screen.rows(rows):
             # The renderer adds what the template would.
             said[row.index] = [*(row.messages or ()), *(Message(role="user", content=text) for text in row.ahead)]
             yield row

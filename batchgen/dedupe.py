@@ -63,6 +63,8 @@ _BAND_VALUES, _GROUP = 8, 5
 # Rows that are compared at once; about 100 bytes each while they are.
 _ROWS_AT_ONCE = 2**23
 _ROWS_PER_LOOK = 4096
+# Their ids are in memory together; an id that comes back later makes a row no error here.
+_ROWS_READ_AT_ONCE = 2**20
 
 
 def mark(
@@ -78,7 +80,7 @@ def mark(
     elsewhere: Callable[[str, str | None], bool] = lambda file, version: False,
     check: Callable[[], None] = lambda: None,
 ) -> int:
-    """Find all repetitions in `files` and note them where `repetitions` looks; how many there are.
+    """Find all repetitions in `files` and note them where `Noted` looks; how many there are.
 
     `done` are the rows of each file that stand in the output; `elsewhere` tells whether rows of other files do, by URL
     and version, None for any. `check` is called every few thousand rows, to raise what should end it; files that were
@@ -106,27 +108,37 @@ def mark(
     return num_found
 
 
-def repetitions(sink: Store, output: str, shard: Shard, columns: Columns, kind: Kind) -> dict[int, str]:
-    """The shard's rows that repeat an earlier one, by index, each with where that is.
+class Noted:
+    """What `mark` noted for a run, of one file after another: that of a large one is read once for all its shards."""
 
-    Raises:
-        CorruptOutputError: `mark` noted nothing of the shard's file.
-    """
-    table = _noted(sink, output, _key(shard.file, shard.version, columns, kind))
-    index = table["index"].to_numpy()
-    low, high = index.searchsorted([shard.start, shard.stop])
-    rows = table.slice(low, high - low)
-    firsts = zip(rows["row"].to_pylist(), rows["file"].to_pylist(), strict=True)
-    return {i: f"row {row} of {file}" for i, (row, file) in zip(rows["index"].to_pylist(), firsts, strict=True)}
+    def __init__(self, sink: Store, output: str, columns: Columns, kind: Kind) -> None:
+        self._sink, self._output, self._columns, self._kind = sink, output, columns, kind
+        self._table: tuple[str, pa.Table] | None = None
 
+    def judged(self, rows: Iterable[Row], shard: Shard) -> Iterator[Row]:
+        """The same rows of `shard`, with a verdict for each that repeats an earlier one and has none.
 
-def judged(rows: Iterable[Row], found: Mapping[int, str], kind: Kind) -> Iterator[Row]:
-    """The same rows, with a verdict for each that is in `found` and has none."""
-    error_type, asks = ("duplicate", "asks") if kind == "exact" else ("near_duplicate", "asks nearly")
-    for row in rows:
-        if row.verdict is None and row.index in found:
-            row.verdict = Verdict("skipped", error_type, f"{asks} what {found[row.index]} asks")
-        yield row
+        Raises:
+            CorruptOutputError: `mark` noted nothing of the shard's file.
+        """
+        error_type, asks = ("duplicate", "asks") if self._kind == "exact" else ("near_duplicate", "asks nearly")
+        found = self.repetitions(shard)
+        for row in rows:
+            if row.verdict is None and row.index in found:
+                row.verdict = Verdict("skipped", error_type, f"{asks} what {found[row.index]} asks")
+            yield row
+
+    def repetitions(self, shard: Shard) -> dict[int, str]:
+        """The shard's rows that repeat an earlier one, by index, each with where that is; raises as `judged`."""
+        key = _key(shard.file, shard.version, self._columns, self._kind)
+        if self._table is None or self._table[0] != key:
+            self._table = key, _noted(self._sink, self._output, key)
+        table = self._table[1]
+        index = table["index"].to_numpy()
+        low, high = index.searchsorted([shard.start, shard.stop])
+        rows = table.slice(low, high - low)
+        firsts = zip(rows["row"].to_pylist(), rows["file"].to_pylist(), strict=True)
+        return {i: f"row {row} of {file}" for i, (row, file) in zip(rows["index"].to_pylist(), firsts, strict=True)}
 
 
 def _noted(sink: Store, output: str, key: str) -> pa.Table:
@@ -172,14 +184,15 @@ def _hashes(
     bands, words = _KEPT[kind]
     hashes = np.zeros((bands, file.num_rows, words), "<u8")
     of = _exact if kind == "exact" else _near()
-    shard = Shard(0, file.url, file.version, 0, file.num_rows, "")
     # Kept columns can be large, and say nothing about what is asked.
-    bare = dataclasses.replace(columns, keep=())
-    for row in screen.judged(read.Reader(source).rows(shard, bare, sampling)):
-        if row.index % _ROWS_PER_LOOK == 0:
-            check()
-        if row.verdict is None:
-            hashes[:, row.index] = of(row)
+    bare, reader = dataclasses.replace(columns, keep=()), read.Reader(source)
+    for start in range(0, file.num_rows, _ROWS_READ_AT_ONCE):
+        shard = Shard(0, file.url, file.version, start, min(start + _ROWS_READ_AT_ONCE, file.num_rows), "")
+        for row in screen.judged(reader.rows(shard, bare, sampling)):
+            if row.index % _ROWS_PER_LOOK == 0:
+                check()
+            if row.verdict is None:
+                hashes[:, row.index] = of(row)
     log.info("looked for duplicates in %s: %d rows", file.url, file.num_rows)
     return hashes.tobytes()
 

@@ -12,8 +12,8 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
-from batchgen import engines, models, read, record, render
-from batchgen.attempt import Attempt
+from batchgen import engines, models, record, render
+from batchgen.attempt import Attempt, Source
 from batchgen.errors import (
     AcceptanceError,
     BatchgenError,
@@ -92,7 +92,7 @@ class Worker:
 
     def __init__(self, task: Task, engine: Engine, renderer: Renderer, screen: Screen) -> None:
         self._task, self._engine, self._renderer, self._screen = task, engine, renderer, screen
-        self._reader = read.Reader(task.source)
+        self._source = Source(task)
         self._open: list[Attempt] = []
         self._rows: dict[tuple[str, int, int], tuple[Attempt, Row]] = {}
         self._warned = self._idle = False
@@ -224,10 +224,10 @@ class Worker:
         """None where there is nothing to do."""
         capacity = self._engine.capacity
         if isinstance(item, Piece):
-            attempt = Attempt.join(self._task, item, capacity, self._reader)
+            attempt = Attempt.join(self._task, item, capacity, self._source)
             self.refused += [] if attempt else [item]
         else:
-            attempt = Attempt.claim(self._task, item, capacity, self._reader)
+            attempt = Attempt.claim(self._task, item, capacity, self._source)
             self.ended += [] if attempt else [item]
         if attempt is not None:
             self._open.append(attempt)

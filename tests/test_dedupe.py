@@ -38,7 +38,7 @@ def mark(
     found = {}
     for file in files:
         shard = Shard(0, file.url, file.version, 0, file.num_rows, "")
-        again = dedupe.repetitions(store, f"{folder}/out", shard, columns, kind)
+        again = dedupe.Noted(store, f"{folder}/out", columns, kind).repetitions(shard)
         found |= {(Path(file.url).name, index): first.replace(f"{folder}/", "") for index, first in again.items()}
     assert len(found) == num
     return found
@@ -175,7 +175,7 @@ def test_every_prompt_is_answered_whatever_becomes_of_files(
                     del parts[urls[name], versions[name]]
         for name in there if which == "all" else {which} & {*there}:
             shard = Shard(0, urls[name], versions[name], 0, len(tables[name]), "")
-            again = dedupe.repetitions(store, out, shard, COLUMNS, "exact")
+            again = dedupe.Noted(store, out, COLUMNS, "exact").repetitions(shard)
             parts.setdefault(
                 (urls[name], versions[name]), [(prompt, i not in again) for i, prompt in enumerate(tables[name])]
             )
