@@ -148,6 +148,8 @@ def test_the_default_id_is_the_files_place_below_the_root(tmp_path: Path, root: 
         pa.bool8(),
         pa.month_day_nano_interval(),
         pa.struct([]),
+        pa.struct([("a", pa.dictionary(pa.int8(), pa.string()))]),
+        pa.list_(pa.struct([("a", pa.dictionary(pa.int8(), pa.string()))])),
     ],
     ids=str,
 )
@@ -166,7 +168,6 @@ def test_a_kept_column_that_no_part_can_hold_is_refused_before_anything_runs(kin
         pa.date64(),
         pa.dictionary(pa.uint32(), pa.large_string()),
         pa.dictionary(pa.int8(), pa.int64()),
-        pa.struct([("a", pa.dictionary(pa.int8(), pa.string()))]),
         pa.list_view(pa.int8()),
         pa.list_(pa.float32(), 3),
         pa.list_(pa.list_(pa.string())),
