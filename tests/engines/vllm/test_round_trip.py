@@ -28,7 +28,7 @@ def test_a_head_is_trained_on_a_jobs_rows_and_drafts_on_both_engines(tmp_path):
     job = ("jobs/train.yaml", "--set", f"output.path={tmp_path}/out", "--set", "sampling.max_tokens=12")
     run("-m", "batchgen", "submit", *job, "--set", "speculation.tree=off")
     run("-m", "batchgen", "features", *job)
-    sets = {"short": "prompt_tokens < 60", "long": "prompt_tokens >= 60"}
+    sets = {"even": "prompt_tokens % 2 = 0", "odd": "prompt_tokens % 2 = 1"}
     exported = [run("-m", "batchgen", "export", *job, "--form", "speculators-states", "--to", tmp_path / name,
                     "--where", where, "--hold-out", "0.1", "--json") for name, where in sets.items()]  # fmt: skip
     rows_of = [json.loads(each)["rows"] for each in exported]
@@ -36,8 +36,8 @@ def test_a_head_is_trained_on_a_jobs_rows_and_drafts_on_both_engines(tmp_path):
     assert sum(rows_of) == 200
 
     def train(to: str, *options: str) -> list[float]:
-        said = run("examples/train_head/train.py", "--target", "demo:smollm2-135m", "--data", tmp_path / "short",
-                   tmp_path / "long", "--to", tmp_path / to, *options, "--total-seq-len=384", "--log-freq=1",
+        said = run("examples/train_head/train.py", "--target", "demo:smollm2-135m", "--data", tmp_path / "even",
+                   tmp_path / "odd", "--to", tmp_path / to, *options, "--total-seq-len=384", "--log-freq=1",
                    "--ttt-steps=2")  # fmt: skip
         return [float(loss) for loss in re.findall(r"train/loss=([\d.]+)", said)]
 
