@@ -61,21 +61,16 @@ def run(spec: Spec, to: str, *, draining: Callable[[], bool] = lambda: False) ->
     done = _done(sink, folder, found)
     kind = spec.screen.dedupe
     if kind != "off" and len(done) < len(found.plan.shards):
-        files = found.plan.files
-        written: dict[str, list[dedupe.Done]] = {}
-        for shard in found.plan.shards:
-            if shard.part_name in done:
-                part = dedupe.Done(shard.start, shard.stop, f"{folder}/{shard.part_name}")
-                written.setdefault(shard.file, []).append(part)
+        stands = ((s, f"{folder}/{s.part_name}") for s in found.plan.shards if s.part_name in done)
         dedupe.mark(
             found.source,
             sink,
             folder,
-            files,
+            found.plan.files,
             found.columns,
             found.sampling,
             kind,
-            done=written,
+            done=dedupe.ranges(stands),
             check=check,
         )
     cleaned = Cleaned(to)

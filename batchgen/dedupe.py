@@ -55,6 +55,14 @@ class Done(NamedTuple):
     part: str
 
 
+def ranges(parts: Iterable[tuple[Shard, str]]) -> dict[str, list[Done]]:
+    """What stands in the output of each file, in order, from shards and the URLs of their parts."""
+    found: dict[str, list[Done]] = {}
+    for shard, part in sorted(parts, key=lambda pair: pair[0].start):
+        found.setdefault(shard.file, []).append(Done(shard.start, shard.stop, part))
+    return found
+
+
 log = logging.getLogger("batchgen.dedupe")
 
 # How many hashes are kept of a row, of how many times 8 bytes: rows that share one are repetitions.
@@ -82,9 +90,9 @@ def mark(
 ) -> int:
     """Find all repetitions in `files` and note them where `Noted` looks; how many there are.
 
-    `done` are the rows of each file that stand in the output; `elsewhere` tells whether rows of other files do, by URL
-    and version, None for any. `check` is called every few thousand rows, to raise what should end it; files that were
-    hashed stay so.
+    `done` are the `ranges` of each file that stand in the output; `elsewhere` tells whether rows of other files do, by
+    URL and version, None for any. `check` is called every few thousand rows, to raise what should end it; files that
+    were hashed stay so.
 
     Raises:
         InputError: a file is not there, changed since it was planned, or is damaged.
@@ -255,7 +263,10 @@ def _standing(
             rows = pl.DataFrame(_noted(sink, output, key))
             if "version" not in rows.columns:  # as batchgen noted it once
                 rows = rows.with_columns(version=pl.lit(None, pl.String))
-            stands = pl.any_horizontal(pl.col("index").is_between(d.start, d.stop, "left") for d in done[file.url])
+            starts, stops = (np.array([each[i] for each in done[file.url]]) for i in range(2))
+            index = rows["index"].to_numpy()
+            place = np.searchsorted(starts, index, side="right") - 1
+            stands = (place >= 0) & (index < stops[place])
             found.append(
                 rows.filter(stands).select((pl.col("index") + start).cast(pl.Int64).alias("at"), *[*facts][1:])
             )

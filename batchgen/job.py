@@ -321,10 +321,6 @@ def _mark_duplicates(job: Job, kind: dedupe.Kind, lease: Lease, draining: Callab
             raise DrainedError(f"drained while looking for duplicates; finished files are noted in {job.output}")
 
     output = job.sink.spelled(job.output)
-    done: dict[str, list[dedupe.Done]] = {}
-    for shard in job.plan.shards:
-        if shard.key in job.parts:
-            done.setdefault(shard.file, []).append(dedupe.Done(shard.start, shard.stop, job.parts[shard.key]))
     others = functools.cache(lambda: plan.answered(job.sink, job.parts, job.plan))
     found = dedupe.mark(
         job.source,
@@ -334,7 +330,7 @@ def _mark_duplicates(job: Job, kind: dedupe.Kind, lease: Lease, draining: Callab
         job.columns,
         job.sampling,
         kind,
-        done=done,
+        done=dedupe.ranges((shard, job.parts[shard.key]) for shard in job.plan.shards if shard.key in job.parts),
         elsewhere=lambda file, version: any(f == file and version in {None, v} for f, v in others()),
         check=check,
     )

