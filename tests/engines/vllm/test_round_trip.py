@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import polars as pl
 import pytest
+import torch
+from safetensors.torch import load_file
+
+from batchgen import models
 
 pytest.importorskip("speculators")
 ROOT = Path(__file__).parents[3]
@@ -22,6 +27,15 @@ def run(*command: str | Path) -> str:
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
+
+
+def test_a_head_is_trained_further_in_float32(tmp_path):
+    """The trainer trains weights in the type that they are stored in, and in bfloat16 small steps are lost."""
+    begun = runpy.run_path(str(ROOT / "examples/train_head/train.py"))["begun"]
+    copy = begun(ROOT / "examples/smollm2", tmp_path, models.fetch("demo:smollm2-135m").path)
+    tensors = load_file(copy / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()} == {torch.float32}
+    assert json.loads((copy / "config.json").read_text())["dtype"] == "float32"
 
 
 def test_a_head_is_trained_on_a_jobs_rows_and_drafts_on_both_engines(tmp_path):
