@@ -1,28 +1,59 @@
-"""Matrix products with a weight, by the fastest exact way that the machine has.
+"""Matrix products with a weight, by the fastest way that the machine has.
 
-Where a CPU has no unit for products of bfloat16 matrices (AMX), oneDNN's bfloat16 is slower than float32 arithmetic: it
-is scalar code on AVX2, and on AVX-512 with bfloat16 dot products 1.4 to 1.7 times as slow from 8 rows on. There a
-bfloat16 model keeps its weights rounded to it, and activations, keys and values are float32. Weights are still read as
-two bytes: FBGEMM packs them as float16 (pytorch/FBGEMM, FbgemmFP16.h), and since a bfloat16 number has
-fewer digits, packing is exact from 2^-14 to 65504 in magnitude, and off by at most 2^-25 below. The products of the
-demo model then take 6.9, 20.7 and 79.9 ms with 1, 16 and 64 rows on two AVX-512 cores, where oneDNN's packed weights
-take 7.7, 30.8 and 114 ms in bfloat16 and 13.9, 26.2 and 77.8 ms in float32.
+What bfloat16 is worth differs between CPUs without a unit for products of its matrices (AMX). oneDNN's is scalar code
+on AVX2; on two Intel cores with AVX-512 and bfloat16 dot products its packed weights took 7.7, 30.8 and 114 ms for the
+products of the demo model with 1, 16 and 64 rows, where FBGEMM's took 6.9, 20.7 and 79.9 ms; on two AMD ones (Zen 4)
+12.8, 19.9 and 56 ms, where FBGEMM's took 7.6, 28.7 and 100 ms. So a CPU that has such instructions is tried.
+
+Where FBGEMM wins, activations, keys and values of a bfloat16 model are float32, its weights still numbers of bfloat16.
+They are packed as float16 (pytorch/FBGEMM, FbgemmFP16.h), and since a bfloat16 number has fewer digits, packing is
+exact from 2^-14 to 65504 in magnitude, and off by at most 2^-25 below.
 """
 
 from __future__ import annotations
 
+import functools
+import time
+from typing import TYPE_CHECKING
+
 import torch
 from torch.nn.functional import linear
 
-from batchgen.engines import tiled_bfloat16
+from batchgen.engines import native_bfloat16, tiled_bfloat16
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Product = Callable[[torch.Tensor], torch.Tensor]
 
 FLOAT16_MAX = 65504.0
+# Of the product that is timed: rows of a full batch, inputs and outputs; and how often.
+_TIMED, _TIMES = (64, 1024, 4096), 7
 
 
 def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """What activations, keys and values of a model with weights of `dtype` are computed in on `device`."""
-    slow = dtype is torch.bfloat16 and device.type == "cpu" and not tiled_bfloat16()
+    slow = dtype is torch.bfloat16 and device.type == "cpu" and not multiplies_bfloat16()
     return torch.float32 if slow else dtype
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU is faster with oneDNN's products of bfloat16 matrices than with FBGEMM's; measured once."""
+    if not native_bfloat16() or tiled_bfloat16() or not _has_fbgemm():
+        return native_bfloat16()
+    rows, inputs, outputs = _TIMED
+    x, weight = torch.ones(rows, inputs), torch.ones(outputs, inputs)
+    ways = ((_onednn(weight.bfloat16(), None), x.bfloat16()), (_fbgemm(weight, None), x))
+    seconds: list[list[float]] = [[], []]
+    with torch.inference_mode():
+        for _ in range(_TIMES):  # in turn: the machine's speed drifts
+            for (product, activations), taken in zip(ways, seconds, strict=True):
+                began = time.perf_counter()
+                product(activations)
+                taken.append(time.perf_counter() - began)
+    onednn_s, fbgemm_s = map(min, seconds)
+    return onednn_s < fbgemm_s
 
 
 class Weight:
@@ -32,24 +63,46 @@ class Weight:
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, two_bytes: bool = False) -> None:
-        self._bias = bias
-        self._packed: torch.ScriptObject | None = None
-        self._weight: torch.Tensor | None = weight
-        if (
-            two_bytes
-            and weight.dtype is torch.float32
-            and "fbgemm" in torch.backends.quantized.supported_engines
-            and float(weight.abs().max()) <= FLOAT16_MAX
-        ):
-            self._packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
-            self._weight = None  # one copy is enough
+        packed = _packed(weight, bias, two_bytes=two_bytes)
+        self._product = packed or functools.partial(linear, weight=weight, bias=bias)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """The product [..., out], in the dtype of `x`."""
-        if self._weight is None:
-            y: torch.Tensor = torch.ops.quantized.linear_dynamic_fp16(x, self._packed)
-            return y
-        return linear(x, self._weight, self._bias)
+        return self._product(x)
+
+
+def _packed(weight: torch.Tensor, bias: torch.Tensor | None, *, two_bytes: bool) -> Product | None:
+    if weight.device.type != "cpu":
+        return None
+    if weight.dtype is torch.bfloat16:
+        return _onednn(weight, bias)
+    packs = two_bytes and weight.dtype is torch.float32 and _has_fbgemm()
+    return _fbgemm(weight, bias) if packs and float(weight.abs().max()) <= FLOAT16_MAX else None
+
+
+def _onednn(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+    # The operators that torch.compile calls on frozen weights: `linear` would rearrange a weight in every call.
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight)  # noqa: SLF001
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")  # noqa: SLF001
+        return y
+
+    return product
+
+
+def _fbgemm(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+    packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = torch.ops.quantized.linear_dynamic_fp16(x, packed)
+        return y
+
+    return product
+
+
+def _has_fbgemm() -> bool:
+    return "fbgemm" in torch.backends.quantized.supported_engines
 
 
 def use_weights(model: torch.nn.Module, *, two_bytes: bool) -> None:

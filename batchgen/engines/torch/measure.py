@@ -49,7 +49,7 @@ def measure(target: Target, draft: Draft, batch_size: int) -> Costs:
     def verify(tokens: int, context: int, spread: Callable[[int, int], list[int]] = _spent) -> None:
         ids = torch.arange(tokens, device=target.device)
         layout = target.layout(_chains(spread(tokens, batch_size), context), [])
-        target.verify(ids, layout, pool)[2].argmax(-1).tolist()
+        target.verify(ids, layout, pool)[2].max(-1).indices.tolist()
 
     def extend(tokens: int, context: int) -> None:
         if tokens > grid[-1]:
