@@ -48,6 +48,12 @@ class Attention:
         self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], layout: Layout, pool: Pool, layer: int
     ) -> torch.Tensor:
         """Attention output [N, H] of inputs [N, H_in], whose keys and values are written to the pool first."""
+        return self.read(self.store(x, rotary, layout, pool, layer), layout, pool, layer)
+
+    def store(
+        self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], layout: Layout, pool: Pool, layer: int
+    ) -> torch.Tensor:
+        """Write keys and values of inputs [N, H_in] to the pool; return their rotated queries [N, heads, D]."""
         qkv = self._qkv(x)
         k_pool, v_pool = pool.k[layer], pool.v[layer]
         head_dim = k_pool.shape[-1]
@@ -56,9 +62,12 @@ class Attention:
             q, k, v = torch.split(qkv.view(len(x), -1, head_dim), nums, 1)
             qkv = torch.cat([self._norms[0](q)[0], self._norms[1](k)[0], v], 1).view(len(x), -1)
         at = (layout.slot_N, layout.pool_position_N)
-        q = rope_and_store(qkv, *rotary, k_pool, v_pool, *at, self._heads.num_heads)
-        out = tree_attention(q, k_pool, v_pool, layout.tiles, layout.spans, head_dim**-0.5)
-        return self._out(out.view(len(x), -1))
+        return rope_and_store(qkv, *rotary, k_pool, v_pool, *at, self._heads.num_heads)
+
+    def read(self, q: torch.Tensor, layout: Layout, pool: Pool, layer: int) -> torch.Tensor:
+        """Attention output [N, H] of rotated queries [N, heads, D]."""
+        out = tree_attention(q, pool.k[layer], pool.v[layer], layout.tiles, layout.spans, q.shape[-1] ** -0.5)
+        return self._out(out.view(len(q), -1))
 
 
 class Mlp:

@@ -111,46 +111,69 @@ class Draft:
             features = torch.cat([norm(part)[0] for norm, part in zip(self._fc_norms, parts, strict=True)], -1)
         return self._fc(features)
 
-    @torch.inference_mode()
-    def forward(self, token_ids: torch.Tensor, hidden: torch.Tensor, layout: Layout, pool: Pool) -> torch.Tensor:
-        """Run the head's layers over packed slots; writes their keys and values, returns the output state [N, H].
+    def _begin(
+        self, token_ids: torch.Tensor, hidden: torch.Tensor, layout: Layout, pool: Pool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write keys and values of all layers; the last one's queries [N, heads, D], and what it adds to [N, H].
 
-        `hidden` is a fused feature where the target has seen the slot, and the parent's output state in a tree. The
-        result feeds both `top` and the next tree level.
+        `hidden` is a fused feature where the target has seen the slot, and the parent's output state in a tree.
         """
         cos, sin = self._rotary(hidden[None], layout.position_N[None])
         rotary = (cos[0], sin[0])
         normed = self._hidden_norm(hidden)[0]
-        residual = normed if self.config.norm_before_residual else hidden
+        y = normed if self.config.norm_before_residual else hidden
         x = torch.cat([self._layers[0][0](self.embedding[token_ids])[0], normed], -1)
-        y = residual
-        for i, (before, attention, after, mlp) in enumerate(self._layers):
-            if i > 0:
-                x = before(y)[0]
+        for i, (_, attention, after, mlp) in enumerate(self._layers[:-1]):
             x, residual = after(attention(x, rotary, layout, pool, i), y)
             y = residual + mlp(x)
+            x = self._layers[i + 1][0](y)[0]
+        return self._layers[-1][1].store(x, rotary, layout, pool, len(self._layers) - 1), y
+
+    def _end(self, q: torch.Tensor, y: torch.Tensor, layout: Layout, pool: Pool) -> torch.Tensor:
+        """The output state [N, H] of what `_begin` returned; it feeds both `top` and the next tree level."""
+        _, attention, after, mlp = self._layers[-1]
+        x, residual = after(attention.read(q, layout, pool, len(self._layers) - 1), y)
+        y = residual + mlp(x)
         return self._final_norm(y)[0] if self.config.norm_output else y
 
-    def extend(self, token_ids: torch.Tensor, features: torch.Tensor, layout: Layout, pool: Pool) -> torch.Tensor:
-        """`forward` over target features [N, sum H], fused; another call may overwrite its output.
+    @torch.inference_mode()
+    def extend(
+        self,
+        token_ids: torch.Tensor,
+        features: torch.Tensor,
+        layout: Layout,
+        pool: Pool,
+        last: torch.Tensor,
+        ends: Layout,
+    ) -> torch.Tensor:
+        """Read target features [N, sum H], and return the output states of the tokens `last` [R]; `ends` lays them out.
 
+        Of all others only keys and values are of use: the last layer attends, and computes its MLP, for `last` alone.
         `features` are what `Target.forward` captured, or its final hidden states where the head listens to no layers.
+        Another call may overwrite the result.
         """
 
-        def run(layout: Layout, token_ids: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-            return (self.forward(token_ids, self._fuse(features), layout, pool),)
+        def begin(layout: Layout, token_ids: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+            return self._begin(token_ids, self._fuse(features), layout, pool)
 
+        def end(layout: Layout, q: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+            return (self._end(q, y, layout, pool),)
+
+        q, y = self._graphs.run("read", begin, pool, layout, token_ids, features)
         out: torch.Tensor
-        [out] = self._graphs.run("extend", run, pool, layout, token_ids, features)
+        [out] = self._graphs.run("extend", end, pool, ends, q[last], y[last])
         return out
 
     def level(
         self, token_ids: torch.Tensor, hidden: torch.Tensor, layout: Layout, pool: Pool, children: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`forward` over the nodes of a tree level, and `top` of its output; another call may overwrite them."""
+        """Output states of the nodes of a tree level [N, H], and their `top`; another call may overwrite them.
+
+        `hidden` [N, H] are the output states of their parents.
+        """
 
         def run(layout: Layout, token_ids: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-            out = self.forward(token_ids, hidden, layout, pool)
+            out = self._end(*self._begin(token_ids, hidden, layout, pool), layout, pool)
             return out, *self.top(out, children)
 
         out, logp, tokens = self._graphs.run(f"level {children}", run, pool, layout, token_ids, hidden)

@@ -229,6 +229,7 @@ class TorchEngine:
         next_tokens: list[int] = []
         features: list[torch.Tensor] = []
         last: dict[int, int] = {}
+        ends = [self._rows[slot].draft_len + num - 1 for slot, num in chunk]
         for slot, num in (*short, *(each for each in chunk if each[1] > MAX_NODES)):
             row, start = self._rows[slot], len(next_tokens)
             if num > MAX_NODES:
@@ -237,8 +238,9 @@ class TorchEngine:
             features += row.take_pending(num)
             last[slot] = len(next_tokens) - 1
         layout = draft.layout(tiles, spans)
-        out = draft.extend(self._ids(next_tokens), torch.cat(features), layout, self._slots.pools[1])
-        return out[self._ids([last[slot] for slot, _ in chunk])]
+        at_ends = draft.layout(Tiles.chains([slot for slot, _ in chunk], ends, [1] * len(chunk)), [])
+        read = (self._ids(next_tokens), torch.cat(features), layout, self._slots.pools[1])
+        return draft.extend(*read, self._ids([last[slot] for slot, _ in chunk]), at_ends)
 
     def _bound_pending(self) -> None:
         """Let the draft catch up on everything but each row's last slot, whose output is where drafting starts."""
