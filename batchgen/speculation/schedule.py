@@ -38,7 +38,9 @@ REPAY_STEPS = 64
 # Over how many steps the prompt tokens that arrive, by running row, are averaged.
 ARRIVAL_STEPS = 128
 # What drafting must promise, as a multiple of plain tokens per second.
-MARGIN = 1.03
+MARGIN = 1.01
+# Seconds of catching up on what is paid once, as a share of a step's, beyond which it tells little about its shape.
+MAX_DEBT = 0.1
 # What the plain steps may cost that are taken beside drafting ones, and the least number of steps between two.
 PLAIN_SHARE, PLAIN_EVERY = 0.005, 8
 EXPLORE_SHARE = 0.005
@@ -206,7 +208,8 @@ class Schedule:
             self._outcomes.plain(ahead.rows, seconds, plain_s)
             return
         debt = extend(sum(ahead.pending), ahead.context) - extend(promise.fed, ahead.context)  # which is paid once
-        self._outcomes.drafted(ahead.rows, draft, promise.gain, tokens, seconds - debt, plain_s)
+        if debt <= MAX_DEBT * seconds:
+            self._outcomes.drafted(ahead.rows, draft, promise.gain, tokens, seconds - debt, plain_s)
 
     def record(
         self,

@@ -258,8 +258,8 @@ def test_plain_steps_stand_among_drafting_ones_the_more_the_less_these_gain():
 
 
 def test_what_promises_little_more_than_plain_steps_is_left():
-    """Half of all first tokens are kept; a node costs what makes drafting them all worth 1 % or 10 % more."""
-    for gain, expected in ((1.01, PLAIN), (1.2, Draft(1, 1))):
+    """Half of all first tokens are kept; a node costs what makes drafting them all worth 0.5 % or 20 % more."""
+    for gain, expected in ((1.005, PLAIN), (1.2, Draft(1, 1))):
         per_row = 0.02 / 8 * (1.5 / gain - 1)
         schedule = Schedule(Costs(flat(0.02 - 8 * per_row, per_row), flat(1.0), flat(0.0)), [PLAIN, Draft(1, 1)])
         path, parent = np.full((8, 1), 0.5), np.full((8, 1), -1)
