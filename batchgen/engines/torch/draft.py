@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from batchgen.engines.torch.decoder import Attention, Mlp, Norm
 from batchgen.engines.torch.kvcache import Pool
-from batchgen.engines.torch.layout import Heads, Layout, Tiles
+from batchgen.engines.torch.layout import Heads, Layout, Tiles, upload
 from batchgen.engines.torch.linear import Weight
 from batchgen.engines.torch.weights import load_head
 from batchgen.errors import ModelError
@@ -96,10 +97,6 @@ class Draft:
         layers = self.config.layer.num_hidden_layers
         return Pool(layers, self.heads.num_kv_heads, self._head_dim, self.dtype, self.device)
 
-    def layout(self, tiles: Tiles | None, spans: list[Span]) -> Layout:
-        """Lay out a pass for this head."""
-        return Layout.of(tiles, spans, self.heads)
-
     def _fuse(self, features: torch.Tensor) -> torch.Tensor:
         """The head's input [N, H_draft] from target features [N, sum H]."""
         if self._fc is None:
@@ -138,17 +135,11 @@ class Draft:
 
     @torch.inference_mode()
     def extend(
-        self,
-        token_ids: torch.Tensor,
-        features: torch.Tensor,
-        layout: Layout,
-        pool: Pool,
-        last: torch.Tensor,
-        ends: Layout,
+        self, token_ids: torch.Tensor, features: torch.Tensor, tiles: Tiles | None, spans: list[Span], pool: Pool
     ) -> torch.Tensor:
-        """Read target features [N, sum H], and return the output states of the tokens `last` [R]; `ends` lays them out.
+        """Read target features [N, sum H] of `tiles` and `spans`; each row's last output state [R, H], tiles' first.
 
-        Of all others only keys and values are of use: the last layer attends, and computes its MLP, for `last` alone.
+        Of other tokens only keys and values are of use: the last layer attends, and computes its MLP, for these alone.
         `features` are what `Target.forward` captured, or its final hidden states where the head listens to no layers.
         Another call may overwrite the result.
         """
@@ -159,9 +150,15 @@ class Draft:
         def end(layout: Layout, q: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
             return (self._end(q, y, layout, pool),)
 
+        rows = [] if tiles is None else list(zip(tiles.slot_R, tiles.prefix_R, tiles.count_R, strict=True))
+        rows += [(span.slot, span.prefix, span.stop - span.start) for span in spans]
+        slot_R, prefix_R, count_R = (np.array(column, np.int64) for column in zip(*rows, strict=True))
+        ends = Tiles.chains(slot_R, prefix_R + count_R - 1, np.ones_like(count_R))
+        last_R = upload(count_R.cumsum() - 1, self.device)
+        layout = Layout.of(tiles, spans, self.heads, attends=len(self._layers) > 1)
         q, y = self._graphs.run("read", begin, pool, layout, token_ids, features)
         out: torch.Tensor
-        [out] = self._graphs.run("extend", end, pool, ends, q[last], y[last])
+        [out] = self._graphs.run("extend", end, pool, Layout.of(ends, [], self.heads), q[last_R], y[last_R])
         return out
 
     def level(

@@ -226,21 +226,17 @@ class TorchEngine:
         if short:
             begins = [self._rows[slot].draft_len for slot, _ in short]
             tiles = Tiles.chains([slot for slot, _ in short], begins, [num for _, num in short])
+        packed = [*short, *(each for each in chunk if each[1] > MAX_NODES)]
         next_tokens: list[int] = []
         features: list[torch.Tensor] = []
-        last: dict[int, int] = {}
-        ends = [self._rows[slot].draft_len + num - 1 for slot, num in chunk]
-        for slot, num in (*short, *(each for each in chunk if each[1] > MAX_NODES)):
+        for slot, num in packed:
             row, start = self._rows[slot], len(next_tokens)
             if num > MAX_NODES:
                 spans.append(Span(start, start + num, slot, row.draft_len))
             next_tokens += row.tokens[row.draft_len + 1 : row.draft_len + 1 + num]
             features += row.take_pending(num)
-            last[slot] = len(next_tokens) - 1
-        layout = draft.layout(tiles, spans)
-        at_ends = draft.layout(Tiles.chains([slot for slot, _ in chunk], ends, [1] * len(chunk)), [])
-        read = (self._ids(next_tokens), torch.cat(features), layout, self._slots.pools[1])
-        return draft.extend(*read, self._ids([last[slot] for slot, _ in chunk]), at_ends)
+        out = draft.extend(self._ids(next_tokens), torch.cat(features), tiles, spans, self._slots.pools[1])
+        return out if packed == chunk else out[self._ids([packed.index(each) for each in chunk])]
 
     def _bound_pending(self) -> None:
         """Let the draft catch up on everything but each row's last slot, whose output is where drafting starts."""

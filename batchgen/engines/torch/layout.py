@@ -15,7 +15,7 @@ from batchgen_kernels.tree_attention import MAX_NODES, Block, Padded, Ragged, Sp
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
 
 # Slots that are read together. With 64 rows of 60 to 320 tokens blocks of 16 read about four fifths of what one does.
 BLOCK_SLOTS = 16
@@ -42,7 +42,7 @@ class Tiles:
     ahead_N: NDArray[np.int64]
 
     @staticmethod
-    def chains(slots: Sequence[int], prefixes: Sequence[int], counts: Sequence[int]) -> Tiles:
+    def chains(slots: ArrayLike, prefixes: ArrayLike, counts: ArrayLike) -> Tiles:
         """Tokens that follow one another and see all before them."""
         count = np.array(counts, np.int64)
         within = _within(count)
@@ -72,8 +72,11 @@ class Layout:
     spans: list[tuple[Span, torch.Tensor]]
 
     @staticmethod
-    def of(tiles: Tiles | None, spans: list[Span], heads: Heads) -> Layout:
-        """Lay out `tiles` and behind them `spans`; slots must differ, and packed tokens must not overlap."""
+    def of(tiles: Tiles | None, spans: list[Span], heads: Heads, *, attends: bool = True) -> Layout:
+        """Lay out `tiles` and behind them `spans`; slots must differ, and packed tokens must not overlap.
+
+        A pass that does not attend only stores keys and values, and needs no masks.
+        """
         num_tile_tokens = 0 if tiles is None else len(tiles.bits_N)
         num_tokens = num_tile_tokens + sum(s.stop - s.start for s in spans)
         position, slot, pool_position, bits = (np.zeros(num_tokens, np.int64) for _ in range(4))
@@ -94,8 +97,8 @@ class Layout:
         if tiles is not None:
             start_R = np.cumsum(tiles.count_R) - tiles.count_R
             rows = _Rows(*_together([tiles.slot_R, start_R, tiles.count_R, tiles.prefix_R], heads.device))
-            seen = _seen(rows, tokens, int(tiles.count_R.max()), heads)
-        masked = [(span, span_mask(span, heads.dtype, heads.device, heads.window)) for span in spans]
+            seen = _seen(rows, tokens, int(tiles.count_R.max()), heads) if attends or _on_triton(heads) else None
+        masked = [(span, span_mask(span, heads.dtype, heads.device, heads.window)) for span in spans if attends]
         return Layout(tokens.position, tokens.slot, tokens.pool_position, seen, masked)
 
     @staticmethod
@@ -145,9 +148,13 @@ def _within(count_R: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.arange(count_R.sum()) - np.repeat(np.cumsum(count_R) - count_R, count_R)
 
 
+def _on_triton(heads: Heads) -> bool:
+    return on_triton(torch.empty(0, dtype=heads.dtype, device=heads.device))
+
+
 def _seen(rows: _Rows, tokens: _Tokens, width: int, heads: Heads) -> Padded | Ragged:
     """Who sees whom in tiles of at most `width` tokens, as what computes it on their device wants it."""
-    if not on_triton(torch.empty(0, dtype=heads.dtype, device=heads.device)):
+    if not _on_triton(heads):
         return _pad(rows, tokens, heads)
     num_sms = torch.cuda.get_device_properties(heads.device).multi_processor_count if heads.device.type == "cuda" else 1
     splits = num_splits(padded_size(len(rows.slot)), heads.num_kv_heads, num_sms)

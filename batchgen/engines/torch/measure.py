@@ -11,7 +11,7 @@ import torch
 
 from batchgen.engines.torch import forest
 from batchgen.engines.torch.kvcache import free_bytes
-from batchgen.engines.torch.layout import Tiles, upload
+from batchgen.engines.torch.layout import Tiles
 from batchgen.speculation.costs import Costs, Table
 from batchgen.speculation.schedule import CHILDREN
 from batchgen_kernels.tree_attention import MAX_NODES, Span
@@ -52,19 +52,16 @@ def measure(target: Target, draft: Draft, batch_size: int) -> Costs:
         target.verify(ids, layout, pool)[2].max(-1).indices.tolist()
 
     def extend(tokens: int, context: int) -> None:
+        tiles, spans = None, []
         if tokens > grid[-1]:
             prompts = min(batch_size, tokens // _PROMPT)
             ends = [round(tokens * i / prompts) for i in range(prompts + 1)]
             spans = [Span(start, stop, slot, 0) for slot, (start, stop) in enumerate(itertools.pairwise(ends))]
-            layout, counts, context = draft.layout(None, spans), [span.stop - span.start for span in spans], 0
         else:
-            counts = _evenly(tokens, batch_size)
-            layout = draft.layout(_chains(counts, context), [])
+            tiles = _chains(_evenly(tokens, batch_size), context)
         features = blank.new_zeros(tokens, draft.feature_width)
-        last = upload(np.cumsum(counts) - 1, target.device)
-        at_ends = Tiles.chains(range(len(counts)), [context + num - 1 for num in counts], [1] * len(counts))
-        read = (torch.arange(tokens, device=target.device), features, layout, draft_pool)
-        draft.top(draft.extend(*read, last, draft.layout(at_ends, [])), 2)[1].tolist()
+        out = draft.extend(torch.arange(tokens, device=target.device), features, tiles, spans, draft_pool)
+        draft.top(out, 2)[1].tolist()
 
     def grow(tokens: int, context: int, depth: int) -> None:
         rows = min(tokens, batch_size)
