@@ -124,7 +124,7 @@ def main() -> None:
     options.add_argument("--modes", default=",".join(MODES))
     options.add_argument("--max-tokens", type=int, default=96)
     options.add_argument("--turns", type=int, default=3, help="turns of each mode, of which the median counts")
-    options.add_argument("--learning", type=int, default=2, help="turns of auto before all others, as in a longer job")
+    options.add_argument("--learning", type=int, default=4, help="turns of auto before all others, as in a longer job")
     options.add_argument("--json", type=Path)
     args = options.parse_args()
 
