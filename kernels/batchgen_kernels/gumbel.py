@@ -36,10 +36,16 @@ def position_words(key: W, position: W) -> tuple[W, W]:
     return z & _M32, z >> 32
 
 
+def _int32(x: torch.Tensor | int) -> torch.Tensor | int:
+    """The 32-bit word `x` as int32, whose products wrap like a word's and take half the memory of an int64's."""
+    return x.to(torch.int32) if isinstance(x, torch.Tensor) else x - ((x >> 31) << 32)
+
+
 def _mix32(x: torch.Tensor) -> torch.Tensor:
-    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _M32
-    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _M32
-    return x ^ (x >> 16)
+    # A shift of int32 copies the sign, so what it shifts in is masked.
+    x = (x ^ ((x >> 16) & 0xFFFF)) * _int32(0x85EBCA6B)
+    x = (x ^ ((x >> 13) & 0x7FFFF)) * _int32(0xC2B2AE35)
+    return x ^ ((x >> 16) & 0xFFFF)
 
 
 def gumbel_noise(key: int, position: int, token_ids: torch.Tensor) -> torch.Tensor:
@@ -53,6 +59,6 @@ def noise_of_words(first: torch.Tensor | int, second: torch.Tensor | int, token_
     The uniform is built so that its small end, where float32 is fine-grained, becomes the large noise that decides an
     argmax: -log(-log1p(-v)) with v in (0, 1) reaches 22.9 without rounding to infinity.
     """
-    bits = _mix32(_mix32((token_ids * _GOLDEN32 + first) & _M32) ^ second)
-    v = (bits.to(torch.float32) + 0.5) * 2.0**-32
+    bits = _mix32(_mix32(token_ids.to(torch.int32) * _int32(_GOLDEN32) + _int32(first)) ^ _int32(second))
+    v = (bits.view(torch.uint32).to(torch.float32) + 0.5) * 2.0**-32
     return -torch.log(-torch.log1p(-v.clamp(max=1.0 - 2.0**-24)))

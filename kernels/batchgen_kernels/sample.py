@@ -36,8 +36,14 @@ def gumbel_argmax(
     drawn = (temperature_N > 0).nonzero()[:, 0]
     if len(drawn):
         scaled = logits_NV[drawn].float() / temperature_N[drawn, None]
-        row, token = (scaled >= threshold_N[drawn, None]).nonzero(as_tuple=True)
-        noisy = torch.full_like(scaled, float("-inf"))
-        noisy[row, token] = scaled[row, token] + noise_of_words(first_N[drawn][row], second_N[drawn][row], token)
+        threshold, first, second = (each[drawn, None] for each in (threshold_N, first_N, second_N))
+        survives = scaled >= threshold
+        if threshold.isfinite().all():  # then few do, and noise takes longer than finding them
+            row, token = survives.nonzero(as_tuple=True)
+            noisy = torch.full_like(scaled, float("-inf"))
+            noisy[row, token] = scaled[row, token] + noise_of_words(first[row, 0], second[row, 0], token)
+        else:
+            noise = noise_of_words(first, second, torch.arange(scaled.shape[1], device=scaled.device))
+            noisy = torch.where(survives, scaled + noise, float("-inf"))
         tokens[drawn] = noisy.argmax(-1)
     return tokens
