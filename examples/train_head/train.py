@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 from batchgen import models
-from batchgen.engines import tiled_bfloat16
+from batchgen.engines.torch.linear import multiplies_bfloat16
 
 # Attention over dense masks takes memory by the square of what is packed together; longer rows are cut.
 ON_CPU = ["--draft-attn-impl=sdpa", "--loss-implementation=eager", "--num-workers=1", "--total-seq-len=1024"]
@@ -133,7 +133,7 @@ def main() -> None:
             "save-path": folder,
             "on-missing": "raise",
             "ttt-steps": 3,
-            "hidden-states-dtype": "bfloat16" if gpu or tiled_bfloat16() else "float32",
+            "hidden-states-dtype": "bfloat16" if gpu or multiplies_bfloat16() else "float32",
             "train-data-ratio": train_data_ratio,
         }
         name = args.target
