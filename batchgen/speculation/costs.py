@@ -126,8 +126,17 @@ class Costs:
     even: float = 1.0
 
     def refine_verify(self, nodes: int, context: int, seconds: float, *, even: bool = False) -> None:
-        """Learn from a target pass that was timed. It is most of a step: if it has drifted, so have the others."""
-        drift = self.verify.refine(nodes, context, seconds / self.even if even else seconds)
+        """Learn from a target pass that was timed. It is most of a step: if it has drifted, so have the others.
+
+        A pass over even rows tells nothing of uneven ones, but what share of theirs it takes.
+        """
+        if even:
+            ratio = bounded(seconds / (self.even * self.verify(nodes, context)))
+            self.even = min(1.0, self.even * ratio**RATE)
+            drift = ratio**DRIFT
+            self.verify.scale(drift)
+        else:
+            drift = self.verify.refine(nodes, context, seconds)
         for other in (self.level, self.extend):
             other.scale(drift)
 
