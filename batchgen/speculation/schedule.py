@@ -12,8 +12,8 @@ over `REPAY_STEPS` steps, or over fewer where the rows that owe it end before.
 Where each level is seen before the next is drafted, there are shapes that stop by themselves: `hindsight` tells how
 many rows would have gone on.
 
-What a shape promises is taken for as much as promises proved worth (`outcomes`), and must still be a little more than
-a plain step. While drafting pays little, a plain step is taken now and then to compare with.
+What a shape promises is taken for as much as promises proved worth (`outcomes`), and must still be more than a plain
+step. While drafting pays little, a plain step is taken now and then to compare with.
 """
 
 from __future__ import annotations
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 REPAY_STEPS = 64
 # Over how many steps the prompt tokens that arrive, by running row, are averaged.
 ARRIVAL_STEPS = 128
-# What drafting must promise, as a multiple of plain tokens per second.
-MARGIN = 1.01
 # Seconds of catching up on what is paid once, as a share of a step's, beyond which it tells little about its shape.
 MAX_DEBT = 0.1
 # What the plain steps may cost that are taken beside drafting ones, and the least number of steps between two.
@@ -123,7 +121,7 @@ class Promise:
 
 CHILDREN = 4
 PLAIN = Draft(0, 0)
-_NOTHING = Promise(PLAIN, MARGIN)
+_NOTHING = Promise(PLAIN, 1.0)
 # Of equals the first is taken, so cheap ones stand first. At depth 1 nothing is expanded.
 SHAPES = (PLAIN, Draft(1, 1), *(Draft(depth, width) for width in (1, 2, 4) for depth in range(2, 7)))
 # Further ones, for where each level is seen before the next is drafted, and how many rows they are for. Of more
@@ -234,7 +232,7 @@ class Schedule:
         self._forecasts.clear()
 
     def choose(self, ahead: Ahead) -> Promise:
-        """What is worth most, as far as promises were kept; plain where nothing is worth `MARGIN` times as much.
+        """What is worth most, as far as promises were kept; plain where nothing is worth more.
 
         Plain as well while nothing is recorded.
         """
@@ -247,7 +245,7 @@ class Schedule:
             return promise.worth * kept(promise.draft)
 
         best = max(self._foretold(self._of_use(ahead.rows, max(ahead.caps)), ahead), key=worth, default=_NOTHING)
-        return dataclasses.replace(best, worth=worth(best)) if worth(best) > MARGIN else _NOTHING
+        return dataclasses.replace(best, worth=worth(best)) if worth(best) > 1.0 else _NOTHING
 
     def _foretold(self, shapes: Sequence[Draft], ahead: Ahead) -> list[Promise]:
         """What each shape promises; stands for `FORECAST_STEPS` choices."""
