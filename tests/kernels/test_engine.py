@@ -109,7 +109,7 @@ def test_captured_passes_change_no_token(device, checkpoints, plain):
     assert tokens == plain
     assert accepted > 0
     kinds = {key[0] for key in graphs._graphs}
-    assert kinds == {"verify", "extend", "level 4"}
+    assert kinds == {"verify", "read", "extend", "level 4"}
 
 
 def test_what_cannot_be_captured_runs_as_it_comes(device, checkpoints, plain, caplog):
