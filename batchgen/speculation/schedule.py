@@ -280,11 +280,12 @@ class Schedule:
             tokens = np.concatenate([tokens, alike])
             verify = np.concatenate([verify, self._costs.even * self._costs.verify(nodes, context)])
         fed = tokens + rows * self._arriving
-        step = verify + extend(fed, context) + self._levels_s(shape, rows, context)
-        debt = np.maximum(extend(sum(ahead.pending), context) - extend(fed, context), 0.0)
+        feeding = extend(fed, context)
+        step = verify + feeding + self._levels_s(shape, rows, context)
+        debt = np.maximum(extend(sum(ahead.pending), context) - feeding, 0.0)
         each = debt / np.clip(_left(ahead) * rows / tokens, 1, REPAY_STEPS)
         # Prompts that came all at once are among what arrives on average, and paid for with it.
-        repaying = step + np.maximum(each - (extend(fed, context) - extend(tokens, context)), 0.0)
+        repaying = step + np.maximum(each - (feeding - extend(tokens, context)), 0.0)
         plain_steps = tokens / rows * self._plain_s(ahead) * self._outcomes.slower(rows)
         best = int((plain_steps / repaying).argmax())
         found = (plain_steps / repaying, plain_steps / step, step, fed)

@@ -32,9 +32,11 @@ def gumbel_argmax(
         reciprocal, whose rounding may put the last survivor below its own threshold.
     first_N, second_N: int64, the two words of `gumbel.position_words`
     """
-    tokens = logits_NV.argmax(-1)
-    drawn = (temperature_N > 0).nonzero()[:, 0]
-    if len(drawn):
+    drawn = temperature_N > 0
+    tokens = torch.empty(len(logits_NV), dtype=torch.int64, device=logits_NV.device)
+    if not drawn.all():
+        tokens[~drawn] = logits_NV[~drawn].argmax(-1)
+    if drawn.any():
         scaled = logits_NV[drawn].float() / temperature_N[drawn, None]
         threshold, first, second = (each[drawn, None] for each in (threshold_N, first_N, second_N))
         survives = scaled >= threshold

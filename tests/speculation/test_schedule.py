@@ -203,6 +203,20 @@ def test_prompts_that_keep_arriving_are_paid_for_whole():
         assert (schedule.choose(ahead(8, 40_000, 1000)).draft != PLAIN) == drafts
 
 
+def test_prompts_that_come_all_at_once_are_paid_for_once():
+    """What arrived every 50 steps is as dear as what must be repaid in 50: with both it pays as with either."""
+    per_token = dataclasses.replace(CHEAP, extend=flat(0.0, 1e-6))
+    burst, every = 50_000, 50
+    left = {}
+    for arrives in (False, True):
+        schedule = Schedule(per_token)
+        schedule.record(*pools(0, 8, 4, 6))
+        for step in range(20 * ARRIVAL_STEPS if arrives else 0):
+            schedule.next(ahead(8, 8, 1000, arrived=burst * (step % every == 0)))
+        left[arrives] = schedule.choose(ahead(8, burst, every)).worth
+    assert left[True] == pytest.approx(left[False], rel=0.05)
+
+
 CHAINS = (PLAIN, Draft(1, 1), Draft(2, 1))
 
 
@@ -248,6 +262,18 @@ def test_a_shape_that_was_given_up_comes_back_when_it_pays():
     assert used[PLAIN] > 900
     _, gain = live(schedule, {Draft(1, 1): 0.8, Draft(2, 1): 1.5}, 1000)
     assert gain > 1.3
+
+
+def test_steps_that_catch_up_on_much_judge_no_shape():
+    """Their catch-up takes five times what the costs say, the rest what was promised."""
+    schedule = promising()
+    before = schedule.choose(ahead(8, 8, 500, 1000)).worth
+    for _ in range(50):
+        due = ahead(8, 100_000, 500, 1000)
+        draft = schedule.next(due).draft
+        debt = 5 * CHEAP.extend(100_000, 1000)
+        schedule.timed(draft, 8 * (1 + draft.depth), 0.01 * (1 + draft.depth) / 1.6 + debt)
+    assert schedule.choose(ahead(8, 8, 500, 1000)).worth == pytest.approx(before, rel=0.05)
 
 
 def test_plain_steps_stand_among_drafting_ones_the_more_the_less_these_gain():

@@ -150,9 +150,9 @@ class Draft:
         def end(layout: Layout, q: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
             return (self._end(q, y, layout, pool),)
 
-        rows = [] if tiles is None else list(zip(tiles.slot_R, tiles.prefix_R, tiles.count_R, strict=True))
-        rows += [(span.slot, span.prefix, span.stop - span.start) for span in spans]
-        slot_R, prefix_R, count_R = (np.array(column, np.int64) for column in zip(*rows, strict=True))
+        rows = [] if tiles is None else [np.stack([tiles.slot_R, tiles.prefix_R, tiles.count_R])]
+        rows += [np.array([[span.slot], [span.prefix], [span.stop - span.start]]) for span in spans]
+        slot_R, prefix_R, count_R = np.concatenate(rows, 1)
         ends = Tiles.chains(slot_R, prefix_R + count_R - 1, np.ones_like(count_R))
         last_R = upload(count_R.cumsum() - 1, self.device)
         layout = Layout.of(tiles, spans, self.heads, attends=len(self._layers) > 1)

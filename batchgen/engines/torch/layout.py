@@ -75,7 +75,8 @@ class Layout:
     def of(tiles: Tiles | None, spans: list[Span], heads: Heads, *, attends: bool = True) -> Layout:
         """Lay out `tiles` and behind them `spans`; slots must differ, and packed tokens must not overlap.
 
-        A pass that does not attend only stores keys and values, and needs no masks.
+        A pass that does not attend only stores keys and values, and needs no masks; for our kernel none are made, and
+        captured passes are told apart by their tiles.
         """
         num_tile_tokens = 0 if tiles is None else len(tiles.bits_N)
         num_tokens = num_tile_tokens + sum(s.stop - s.start for s in spans)

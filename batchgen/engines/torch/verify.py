@@ -132,9 +132,14 @@ class Sampled:
     def __init__(self, logits: torch.Tensor, draws: Draws) -> None:
         self._logits, self._draws = logits, draws
         self._warm_N = draws.temperatures() > 0.0
-        # Of equals the first, as by `argmax`, which takes twice as long in bfloat16.
-        self._tokens_N = draw(logits, draws) if logits.is_cuda else logits.max(-1).indices.numpy()
         self._missing_N = self._warm_N & (not logits.is_cuda)
+        if logits.is_cuda:
+            self._tokens_N = draw(logits, draws)
+        elif self._warm_N.all():
+            self._tokens_N = np.zeros(len(logits), np.int64)
+        else:
+            # Of equals the first, as by `argmax`, which takes twice as long in bfloat16.
+            self._tokens_N = logits.max(-1).indices.numpy()
 
     def tokens(self, nodes: NDArray[np.int64]) -> NDArray[np.int64]:
         """The tokens after `nodes`."""

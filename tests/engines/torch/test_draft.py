@@ -11,11 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from batchgen.engines.torch.draft import Draft
 from batchgen.engines.torch.engine import TorchEngine
 from batchgen.engines.torch.forest import Shape
+from batchgen.engines.torch.layout import Tiles
 from batchgen.engines.torch.weights import for_vllm, load_head
 from batchgen.errors import ModelError
 from batchgen.record import Sampling
+from batchgen_kernels.tree_attention import MAX_NODES, Span
 
 from .conftest import HEAD
 from .reference import Reference
@@ -82,13 +85,16 @@ def write_head(folder: Path, fmt: str, flags: dict[str, bool], *, layers: dict |
 
 
 def check_against_reference(bench, hidden_states, head: Path, flags: dict[str, bool], layers=(2, 15, 27)) -> int:
+    # A prompt of more tokens than a tile holds, and behind it one of fewer: the head reads the second one first.
+    prompts = bench.prompts("mt_bench", 2)[::-1]
+    assert len(prompts[0]) > MAX_NODES > len(prompts[1])
     engine = bench.engine(Shape(DEPTH, 1, DEPTH), head=head, kind=Recording)
-    done = bench.run(engine, bench.prompts("mt_bench", 2), Sampling(max_tokens=12))
+    done = bench.run(engine, prompts, Sampling(max_tokens=12))
     w = {name.replace("midlayer.", "layers.0."): t for name, t in load_file(head / "model.safetensors").items()}
     shape = {"heads": 9, "kv_heads": 3, "head_dim": 64, "theta": 100000.0, "eps": 1e-5}
     reference = Reference(shape | flags, w, engine._target.embedding.detach())
     states = {}
-    for prompt, completion in zip(bench.prompts("mt_bench", 2), done, strict=True):
+    for prompt, completion in zip(prompts, done, strict=True):
         states[tuple(prompt)] = hidden_states(prompt + completion.token_ids)
     compared = 0
     for tokens, drafted, logps in engine.drafted:
@@ -116,6 +122,27 @@ def test_drafts_of_a_safeailab_head_equal_the_reference(bench, hidden_states, tm
     flags = {**dict.fromkeys(FLAGS, False), "norm_before_residual": norm_before_residual}
     head = write_head(tmp_path / "head", "safeailab", flags)
     assert check_against_reference(bench, hidden_states, head, flags, layers=(2, 15, 27)) >= 20
+
+
+def test_a_head_of_two_layers_reads_all_at_once_as_it_does_one_by_one(bench, tmp_path):
+    head = write_head(tmp_path / "head", "speculators", dict.fromkeys(FLAGS, False))
+    config, w = json.loads((head / "config.json").read_text()), load_file(head / "model.safetensors")
+    config["transformer_layer_config"]["num_hidden_layers"] = 2
+    w |= {name.replace("layers.0.", "layers.1."): w[name].clone() for name in list(w) if name.startswith("layers.0.")}
+    for name in "qkv":  # of the first layer they read the token's embedding, too
+        w[f"layers.1.self_attn.{name}_proj.weight"] = w[f"layers.0.self_attn.{name}_proj.weight"][:, 576:].contiguous()
+    (head / "config.json").write_text(json.dumps(config))
+    save_file(w, head / "model.safetensors")
+    draft = Draft(head, bench.target(torch.float32))
+    few, many = 5, MAX_NODES + 6
+    ids, features = torch.arange(few + many), torch.randn(few + many, draft.feature_width)
+    pool = draft.pool()
+    pool.resize(2, 128)
+    at_once = draft.extend(ids, features, Tiles.chains([0], [0], [few]), [Span(few, few + many, 1, 0)], pool)
+    for slot, (start, stop) in enumerate([(0, few), (few, few + many)]):
+        for i in range(start, stop):
+            last = draft.extend(ids[i : i + 1], features[i : i + 1], Tiles.chains([slot], [i - start], [1]), [], pool)
+        torch.testing.assert_close(at_once[slot], last[0], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(
