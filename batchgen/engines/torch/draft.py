@@ -182,7 +182,7 @@ class Draft:
         if not self.config.norm_output:
             state = self._final_norm(state)[0]
         logits = self._lm_head(state)
-        best, ids = logits.topk(k, -1)
-        # Rounding must not lift a child above its parent: the tree's order relies on it.
-        logp = (best.float() - torch.logsumexp(logits.float(), -1, keepdim=True)).clamp(max=0.0)
+        ids = logits.topk(k, -1).indices
+        # Never above 0: rounding must not lift a child above its parent, the tree's order relies on it.
+        logp = torch.log_softmax(logits, -1, dtype=torch.float32).gather(-1, ids)
         return logp, ids if self._target_ids is None else self._target_ids[ids]
