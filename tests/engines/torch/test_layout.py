@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import random
+
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from batchgen.engines.torch.layout import Heads, Layout, Tiles
@@ -12,12 +15,19 @@ from batchgen_kernels.attend import tree_attend_reference
 from batchgen_kernels.tree_attention import Span, tree_attention
 
 HEADS = Heads(6, 2, torch.float32, torch.device("cpu"))
+# In bfloat16 scores of up to 4 are rounded by 2^-7, and so is what they weigh.
+CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2**-5}
 SLOTS, LENGTH, HEAD_SIZE = 40, 160, 8
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.lists(st.integers(0, 3) | st.integers(0, 64), min_size=1, max_size=SLOTS).filter(any), st.randoms())
-def test_tiles_of_any_widths_are_dense_attention(counts, dice):
+@given(
+    st.lists(st.integers(0, 3) | st.integers(0, 64), min_size=1, max_size=SLOTS).filter(any),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.randoms(),
+)
+@example([1] * SLOTS, torch.bfloat16, random.Random(0))
+def test_tiles_of_any_widths_are_dense_attention(counts, dtype, dice):
     """Counts of 0 are slots without a tile; a wide tile among narrow ones is computed in two parts."""
     slots = np.flatnonzero(counts)
     bits = []
@@ -30,12 +40,15 @@ def test_tiles_of_any_widths_are_dense_attention(counts, dice):
     num, count = len(bits), np.array(counts)[slots]
     tiles = Tiles(slots, prefix, count, np.array(bits, np.uint64), np.zeros(num, np.int64))
     torch.manual_seed(0)
-    q, k, v = torch.randn(num, 6, HEAD_SIZE), *torch.randn(2, SLOTS, 2, LENGTH, HEAD_SIZE)
-    layout = Layout.of(tiles, [], HEADS)
+    q, k, v = (
+        each.to(dtype) for each in (torch.randn(num, 6, HEAD_SIZE), *torch.randn(2, SLOTS, 2, LENGTH, HEAD_SIZE))
+    )
+    layout = Layout.of(tiles, [], dataclasses.replace(HEADS, dtype=dtype))
     rows = (torch.from_numpy(each) for each in (slots, np.cumsum(count) - count, count, prefix))
     seen = torch.tensor([b - (b >> 63 << 64) for b in bits])
-    dense = tree_attend_reference(q, k, v, *rows, seen, 0.3, None, layout.position_N)
-    torch.testing.assert_close(tree_attention(q, k, v, layout.tiles, layout.spans, 0.3), dense)
+    dense = tree_attend_reference(q.float(), k.float(), v.float(), *rows, seen, 0.3, None, layout.position_N)
+    found = tree_attention(q, k, v, layout.tiles, layout.spans, 0.3)
+    torch.testing.assert_close(found.float(), dense, atol=CLOSE[dtype], rtol=CLOSE[dtype])
 
 
 def test_chains_see_all_that_stands_before_them():
