@@ -220,7 +220,6 @@ def _pad(rows: _Rows, tokens: _Tokens, heads: Heads) -> Padded:
 
 def _shared_width(count_S: np.ndarray) -> int:
     """The width to which tiles of neighbouring slots are padded, 0 without any; what goes beyond is computed alone."""
-
     if (count_S == count_S[0]).all():
         return int(count_S[0])
 
