@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from batchgen import engines, models, spec
 from batchgen.engines.rehearsal import RehearsalEngine, Script
@@ -251,6 +252,15 @@ def test_a_pool_shaped_for_many_short_rows_makes_way_for_a_long_one(tmp_path):
         engine.submit(ask(i, max_tokens=12))
     engine.submit(ask(16, max_tokens=400))
     assert len(finish(engine)["key", 16].token_ids) == 400
+
+
+def test_positions_are_not_rounded_with_the_weights(tmp_path):
+    """In bfloat16 the frequencies of rotary embeddings would be off by a third of a turn after some hundred tokens."""
+    target = Target(tiny(tmp_path, "llama"), torch.bfloat16, torch.device("cpu"))
+    exact = LlamaRotaryEmbedding(target.config)
+    at = torch.tensor([[0, 1, 500]])
+    for found, expected in zip(target._ours._rotary(torch.zeros(1), at), exact(torch.zeros(1), at), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_a_model_that_scales_its_logits_is_refused(tmp_path):

@@ -90,7 +90,9 @@ class Target:
         _refuse_unsupported(config, path)
         model = self._load(path, config, dtype, device)
         self.weights_dtype, self.dtype, self.device = dtype, compute_dtype(dtype, device), device
-        model.to(device, self.dtype).eval()
+        model.to(device).eval()
+        if self.dtype is not dtype:  # only then: a cast takes the rotary frequencies along, which are float32
+            model.to(self.dtype)
         self.config = model.config
         self._theirs = model.get_decoder()
         self.lm_head = Weight(*_weight_and_bias(model.get_output_embeddings()), two_bytes=self.two_bytes)
@@ -137,7 +139,7 @@ class Target:
             if self._differs(own) is None:
                 self._theirs = None  # its weights live on in ours
                 if self.device.type == "cuda":
-                    self.graphs = Graphs(cuda_graph())
+                    self.graphs = Graphs(cuda_graph)
                 return
         except _CANNOT_RUN as error:
             if out_of_memory(error):
@@ -253,6 +255,8 @@ def _refuse_unsupported(config: Any, path: Path) -> None:
         raise ModelError(f"{path}: its weights are quantized; the torch engine runs plain ones; {_WAY_OUT}")
     if not hasattr(config, "num_hidden_layers"):
         raise ModelError(f"{path}: {kind} is made of several models; the torch engine runs decoders only; {_WAY_OUT}")
+    if not hasattr(config, "num_attention_heads"):
+        raise ModelError(f"{path}: {kind} does not attend; the torch engine runs transformers only; {_WAY_OUT}")
     if getattr(config, "kv_lora_rank", None) is not None:
         raise ModelError(f"{path}: {kind} uses latent attention (MLA), which the torch engine cannot cache; {_WAY_OUT}")
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
