@@ -128,7 +128,7 @@ class TorchEngine:
 
     def _pass(self) -> None:
         """One step of every row: draft, then one pass of the target over trees and prompts, then verify and keep."""
-        began, before = time.perf_counter(), self.num_tokens
+        began, before, captured_before = time.perf_counter(), self.num_tokens, self._target.graphs.num_captured
         decoding = [slot for slot, row in enumerate(self._rows) if row.unread == 0]
         rows = [self._rows[slot] for slot in decoding]
         context = sum(row.seen for row in rows)
@@ -165,7 +165,9 @@ class TorchEngine:
             times = (grown - began, ended - grown)
             learned = drafted if self._width.learns else None
             reached = None if learned is None else _reached(learned, trees, walks, sampled)
-            self._width.spent(Step(len(rows), context, num_nodes, num_tokens, *times, bool(spans), drafted), reached)
+            captures = self._target.graphs.num_captured > captured_before
+            step = Step(len(rows), context, num_nodes, num_tokens, *times, bool(spans), captures, drafted)
+            self._width.spent(step, reached)
 
     def _sample(
         self, logits: torch.Tensor, draws: verify.Draws, trees: Forest, drafted: Drafted | None
@@ -216,6 +218,7 @@ class TorchEngine:
             out = self._extend(draft, chunk)
             if not behind and not last:
                 return out
+            out = out.clone()  # the next chunk may overwrite it
             last |= {slot: state for (slot, _), state in zip(chunk, out, strict=True)}
         return torch.stack([last[slot] for slot in slots])
 

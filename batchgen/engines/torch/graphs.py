@@ -28,6 +28,9 @@ Capture: TypeAlias = "Callable[[Callable[[], Outputs]], tuple[Callable[[], None]
 
 _LOG = logging.getLogger(__name__)
 
+# Each keeps what it writes: those that were used last stay.
+MAX_GRAPHS = 128
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Graph:
@@ -45,14 +48,17 @@ class _Graph:
 
 
 class Graphs:
-    """Runs passes, from graphs where `capture` makes them; without one every pass runs as it comes.
+    """Runs passes, from graphs where a `Capture` makes them; without one every pass runs as it comes.
 
-    `capture` takes a function without arguments, and returns what replays it and the tensors that a replay writes to.
+    A `Capture` takes a function without arguments, and returns what replays it and the tensors that a replay writes to.
+    `begin` makes one, and another after all graphs were forgotten.
     """
 
-    def __init__(self, capture: Capture | None) -> None:
-        self._capture = capture
+    def __init__(self, begin: Callable[[], Capture] | None) -> None:
+        self._begin = begin
+        self._capture = None if begin is None else begin()
         self._graphs: dict[tuple[object, ...], _Graph] = {}
+        self.num_captured = 0
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -62,6 +68,8 @@ class Graphs:
     def clear(self) -> None:
         """Forget all graphs, and give their memory back."""
         self._graphs.clear()
+        if self._begin is not None and self._capture is not None:
+            self._capture = self._begin()  # the memory of graphs that are all gone takes no new ones
 
     @torch.inference_mode()  # what is captured once is written again
     def run(self, name: str, function: Packed, pool: Pool, layout: Layout, *inputs: torch.Tensor) -> Outputs:
@@ -78,14 +86,17 @@ class Graphs:
         tokens = [layout.slot_N, layout.position_N, layout.pool_position_N, tiles.bits_N, *inputs]
         rows = [tiles.slot_R, tiles.start_R, tiles.count_R, tiles.prefix_R]
         at = (pool.k.data_ptr(), pool.v.data_ptr(), pool.slots, pool.length)
-        graph = self._graphs.get(key)
+        graph = self._graphs.pop(key, None)
         if graph is None or graph.pool != at:
+            self._graphs = {k: g for k, g in self._graphs.items() if k[0] != name or g.pool == at}
+            while len(self._graphs) >= MAX_GRAPHS:
+                del self._graphs[next(iter(self._graphs))]
             graph = self._captured(function, tiles, tokens, rows, (size, num_rows), at)
             if graph is None:
                 return function(layout, *inputs)
-            self._graphs[key] = graph
         else:
             graph.fill(tokens, rows)
+        self._graphs[key] = graph  # the last one
         graph.replay()
         return tuple(None if each is None else each[:num_tokens] for each in graph.outputs)
 
@@ -100,6 +111,7 @@ class Graphs:
     ) -> _Graph | None:
         """A new graph, filled with this pass but not yet replayed; None if the device cannot capture it."""
         assert self._capture is not None
+        self.num_captured += 1
         static_tokens, static_rows = (
             [each.new_zeros(size, *each.shape[1:]) for each in some]
             for some, size in zip((tokens, rows), sizes, strict=True)

@@ -113,5 +113,6 @@ def container_bytes(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether it is the device's or the machine's memory that ran out; torch says so on a CPU only in words."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether it is the device's or the machine's memory that ran out; only torch's own allocator says so by a type."""
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # of a CPU, CUDA and Triton, cuBLAS
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(each in str(error) for each in words)

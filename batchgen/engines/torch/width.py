@@ -45,7 +45,7 @@ class Step:
     """What one step of `rows` decoding rows took and gave.
 
     `context` tokens stood before the roots of all rows, `nodes` were verified, roots included, and gave `tokens`.
-    `mixed` says that prompts were read in the same pass.
+    `mixed` says that prompts were read in the same pass, `captures` that passes were captured to be replayed later.
     """
 
     rows: int
@@ -55,6 +55,7 @@ class Step:
     draft_s: float
     verify_s: float
     mixed: bool
+    captures: bool
     drafted: Drafted | None
 
 
@@ -227,7 +228,8 @@ class AutoTree:
         self._throughput.seen(step.rows, step.tokens, seconds / self._unit_s(step.rows, step.context))
         taken = step.draft_s + step.verify_s
         self._schedule.spent(taken)
-        if self._exploring:  # its trees are like no others, and take longer
+        # Trees of steps that explore are like no others, and take longer; a capture takes longer than many passes.
+        if self._exploring or step.captures:
             return
         if drafted is not None:
             ratio = step.draft_s / (extend_s + sum(levels_s))

@@ -140,7 +140,7 @@ def kept_of_chains(even: float, last: list[float]) -> list[list[bool]]:
     ahead = Ahead(100 * rows, [1] * rows, [0] * rows, 0)  # near their ends, so that no step explores
     for _ in range(WARM_STEPS):
         width.plan(ahead)
-        width.spent(Step(rows, 100 * rows, rows, rows, 0.0, 0.03 + 0.005 * rows, False, None), None)
+        width.spent(Step(rows, 100 * rows, rows, rows, 0.0, 0.03 + 0.005 * rows, False, False, None), None)
     width.plan(ahead)
     logp = torch.tensor([[0.95, 0.9, each] for each in last]).log()
     depth = torch.arange(1, 4).expand(rows, -1)
