@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # Nucleus sampling sorts this many logits before it falls back to sorting all of them.
 _NUCLEUS_GUESS = 1024
+# Logits of how many nodes are sorted at once, with about 30 bytes for each.
+_LIMITED_AT_ONCE = 64
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -171,14 +173,15 @@ def draw(logits: torch.Tensor, draws: Draws) -> NDArray[np.int64]:
     """One token per row of `logits` [N, V]."""
     if not len(logits):
         return np.zeros(0, np.int64)
-    temperature_N, device = draws.temperatures(), logits.device
-    temperature = upload(temperature_N, device)
+    samplings, device = draws.samplings(), logits.device
+    temperature = upload(draws.temperatures(), device)
     least = torch.full_like(temperature, float("-inf"))
-    warm = np.flatnonzero(temperature_N > 0.0)
-    if len(warm):
-        at = upload(warm, device)
+    limited = [i for i, s in enumerate(samplings) if s.temperature > 0.0 and (s.top_k or s.top_p < 1.0)]
+    for first in range(0, len(limited), _LIMITED_AT_ONCE):
+        some = limited[first : first + _LIMITED_AT_ONCE]
+        at = upload(np.array(some, np.int64), device)
         scaled = logits[at].float() / temperature[at, None]
-        least[at] = thresholds(scaled, draws.of(warm).samplings())
+        least[at] = thresholds(scaled, [samplings[i] for i in some])
     tokens: NDArray[np.int64] = gumbel_argmax(logits, temperature, least, *upload(draws.words(), device)).cpu().numpy()
     return tokens
 
