@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from batchgen_kernels.attend import tree_attend
@@ -174,8 +175,16 @@ def _scores(q_BQD: torch.Tensor, k_BLD: torch.Tensor, mask_BQL: torch.Tensor, sc
 
 
 def span_mask(span: Span, dtype: torch.dtype, device: torch.device, window: int | None = None) -> torch.Tensor:
-    """Additive causal mask [T, prefix + T] of one span."""
-    query = torch.arange(span.prefix, span.prefix + span.stop - span.start, device=device)[:, None]
-    distance = query - torch.arange(span.prefix + span.stop - span.start, device=device)
+    """Additive causal mask [T, prefix + T] of one span; on a GPU, where no window cuts it, one by name only.
+
+    With a mask of numbers SDPA neither takes flash attention nor anything else that knows grouped heads: it would
+    repeat keys and keep all scores, gigabytes of a long prompt.
+    """
+    num, length = span.stop - span.start, span.prefix + span.stop - span.start
+    if device.type == "cuda" and (window is None or window >= length):
+        named: torch.Tensor = causal_lower_right(num, length)
+        return named
+    query = torch.arange(span.prefix, length, device=device)[:, None]
+    distance = query - torch.arange(length, device=device)
     visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
     return torch.zeros(distance.shape, dtype=dtype, device=device).masked_fill_(~visible, float("-inf"))
