@@ -356,6 +356,8 @@ def _started(address: str | None, num_cpus: int) -> Iterator[Any]:
             }
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **settings)
+        except BatchgenError:  # a drain, out of the handler of a signal
+            raise
         except SystemExit as error:
             raise DrainedError("drained while Ray was starting; nothing was begun") from error
         except Exception as error:

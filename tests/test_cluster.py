@@ -53,20 +53,27 @@ def submit(job: Path, *more: str, **environment: str) -> subprocess.CompletedPro
 
 
 @contextlib.contextmanager
-def submitted(job: Path, *more: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    """A submit under way, once its first rows are in the journal."""
+def started(job: Path, *more: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """A submit that has just begun."""
     command = [sys.executable, "-m", "batchgen", "submit", str(job), *more]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, **pipes, text=True, env=os.environ | environment) as process:
         try:
-            deadline = time.monotonic() + 180
-            while not list(job.with_suffix("").glob("__batchgen/journal/*/seg-*")):
-                assert process.poll() is None, process.communicate()
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
             yield process
         finally:
             process.kill()
+
+
+@contextlib.contextmanager
+def submitted(job: Path, *more: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """A submit under way, once its first rows are in the journal."""
+    with started(job, *more, **environment) as process:
+        deadline = time.monotonic() + 180
+        while not list(job.with_suffix("").glob("__batchgen/journal/*/seg-*")):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        yield process
 
 
 def actors(driver: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -112,6 +119,16 @@ def test_two_workers_give_the_rows_of_one_and_leave_nothing_behind(tmp_path: Pat
     assert not list(Path("/tmp").glob(f"batchgen-{driver.pid}-*")), "Ray's own files are gone"
     again = submit(job)
     assert (again.returncode, "nothing to do" in again.stdout) == (0, True)
+
+
+def test_ctrl_c_while_ray_starts_is_a_drain(tmp_path: Path) -> None:
+    with started(job_file(tmp_path)) as driver:
+        while not list(Path("/tmp").glob(f"batchgen-{driver.pid}-*/session_*")):
+            assert driver.poll() is None, driver.communicate()
+            time.sleep(0.01)
+        driver.send_signal(signal.SIGINT)
+        _, said = driver.communicate(timeout=60)
+        assert driver.returncode == 75, said
 
 
 def test_nothing_listens_but_on_loopback(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchgen.engines.torch.kvcache import free_bytes
-from batchgen.errors import ModelError, SpecError
+from batchgen.errors import BatchgenError, ModelError, SpecError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -65,6 +65,8 @@ def launch(arguments: Mapping[str, Any], device: str) -> Any:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         engine = LLMEngine.from_engine_args(EngineArgs(**arguments), enable_multiprocessing=True)
+    except BatchgenError:  # a drain, out of the handler of a signal
+        raise
     except Exception as error:
         if type(error).__name__ == "ValidationError" and hasattr(error, "errors"):  # pydantic's
             found = error.errors()[0]

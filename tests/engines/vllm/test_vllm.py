@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING
 
 import polars as pl
@@ -121,14 +123,20 @@ def test_a_prompt_that_does_not_fit_is_an_error_and_the_next_one_runs(vllm, demo
     assert len(done[0, 1, 0].token_ids) == 24
 
 
-def kill() -> None:
-    """SIGKILL to vLLM's processes that compute; one that an earlier engine left as a zombie is passed over."""
-    killed = 0
-    for process in psutil.Process().children(recursive=True):
+def computing(pid: int) -> list[psutil.Process]:
+    """vLLM's processes that compute, below a process; one that an earlier engine left as a zombie is passed over."""
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):
             if process.name().startswith("VLLM::EngineCor") and process.status() != psutil.STATUS_ZOMBIE:
-                process.kill()
-                killed += 1
+                found.append(process)
+    return found
+
+
+def kill() -> None:
+    killed = computing(os.getpid())
+    for process in killed:
+        process.kill()
     assert killed, "no process of vLLM's to kill"
 
 
@@ -228,6 +236,18 @@ def submit(out: Path, *settings: str) -> tuple[dict, pl.DataFrame]:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1]), pl.read_parquet(f"{out}/*.parquet")
+
+
+def test_a_signal_while_vllm_starts_is_a_drain(tmp_path):
+    asked = ["--set", f"output.path={tmp_path}", "--set", "engine.kind=vllm"]
+    command = [sys.executable, "-m", "batchgen", "submit", "jobs/quickstart.yaml", *asked]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as driver:
+        while not computing(driver.pid):
+            assert driver.poll() is None, driver.communicate()
+            time.sleep(0.1)
+        driver.terminate()
+        _, said = driver.communicate(timeout=120)
+    assert driver.returncode == 75, said
 
 
 @pytest.mark.slow
