@@ -68,7 +68,9 @@ class Source:
 
     def __init__(self, task: Task) -> None:
         self._task, self._reader = task, read.Reader(task.source)
-        self._noted = dedupe.Noted(task.sink, task.output, task.columns, task.dedupe) if task.dedupe else None
+        self._noted = None
+        if task.dedupe is not None:
+            self._noted = dedupe.Noted(task.sink, task.output, task.columns, task.sampling, task.dedupe)
 
     def rows(self, shard: Shard) -> Iterator[Row]:
         """The rows of `shard`; raises as `read.Reader.rows` and `dedupe.Noted.judged`."""

@@ -75,7 +75,7 @@ def run(spec: Spec, to: str, *, draining: Callable[[], bool] = lambda: False) ->
         )
     cleaned = Cleaned(to)
     rows, whole = read.Reader(found.source), read.Reader(found.source)
-    noted = None if kind == "off" else dedupe.Noted(sink, folder, found.columns, kind)
+    noted = None if kind == "off" else dedupe.Noted(sink, folder, found.columns, found.sampling, kind)
 
     def screened(shard: Shard) -> dict[str, Any]:
         judged: Iterable[Row] = rows.rows(shard, found.columns, found.sampling)

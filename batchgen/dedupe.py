@@ -100,7 +100,7 @@ def mark(
         OutputConflictError: rows stand in the output as repetitions of rows that went away without an answer.
         SpecError: near repetitions are wanted and rensa is not installed.
     """
-    keys = [_key(file.url, file.version, columns, kind) for file in files]
+    keys = [_key(file.url, file.version, columns, sampling, kind) for file in files]
     order = _order(sink, output, keys)
     kept = {url.rpartition("/")[2] for url in sink.find(_url(output, ""))}
     for file, key in zip(files, keys, strict=True):
@@ -119,8 +119,9 @@ def mark(
 class Noted:
     """What `mark` noted for a run, of one file after another: that of a large one is read once for all its shards."""
 
-    def __init__(self, sink: Store, output: str, columns: Columns, kind: Kind) -> None:
-        self._sink, self._output, self._columns, self._kind = sink, output, columns, kind
+    def __init__(self, sink: Store, output: str, columns: Columns, sampling: Sampling, kind: Kind) -> None:
+        self._sink, self._output, self._kind = sink, output, kind
+        self._columns, self._sampling = columns, sampling
         self._table: tuple[str, pa.Table] | None = None
 
     def judged(self, rows: Iterable[Row], shard: Shard) -> Iterator[Row]:
@@ -138,7 +139,7 @@ class Noted:
 
     def repetitions(self, shard: Shard) -> dict[int, str]:
         """The shard's rows that repeat an earlier one, by index, each with where that is; raises as `judged`."""
-        key = _key(shard.file, shard.version, self._columns, self._kind)
+        key = _key(shard.file, shard.version, self._columns, self._sampling, self._kind)
         if self._table is None or self._table[0] != key:
             self._table = key, _noted(self._sink, self._output, key)
         table = self._table[1]
@@ -161,11 +162,11 @@ def _url(output: str, name: str) -> str:
     return f"{output.rstrip('/')}/{STATE_FOLDER}/dedupe/{name}".rstrip("/")
 
 
-def _key(file: str, version: str, columns: Columns, kind: Kind) -> str:
-    """Names what is kept of one version of a file, read by these columns."""
+def _key(file: str, version: str, columns: Columns, sampling: Sampling, kind: Kind) -> str:
+    """Names what is kept of one version of a file, read by these columns; a row may leave its sampling to the job."""
     names = (columns.messages, columns.prompt, columns.turns, columns.system, columns.id)
     method = kind if kind == "exact" else f"near {_rensa().RMinHash.ALGORITHM_VERSION}"
-    which = (method, names, sorted(columns.sampling.items()))
+    which = (method, names, sorted(columns.sampling.items()), dataclasses.astuple(sampling))
     return hashlib.sha256(json.dumps((file, version, which)).encode()).hexdigest()[:16]
 
 

@@ -26,7 +26,11 @@ COLUMNS = read.Columns(prompt="prompt", keep=("extra",))
 
 
 def mark(
-    folder: Path, names: list[str], columns: read.Columns = COLUMNS, kind: dedupe.Kind = "exact"
+    folder: Path,
+    names: list[str],
+    columns: read.Columns = COLUMNS,
+    kind: dedupe.Kind = "exact",
+    sampling: Sampling = Sampling(),  # noqa: B008  # frozen
 ) -> dict[tuple[str, int], str]:
     """Where each repetition in the files is, and what it repeats."""
     store, files = connect(str(folder)), []
@@ -34,11 +38,11 @@ def mark(
         url = f"{folder}/{name}"
         rows = pl.read_parquet(url).height
         files.append(plan.File(url, store.info(url).version, rows, pa.schema([])))
-    num = dedupe.mark(store, store, f"{folder}/out", files, columns, Sampling(), kind)
+    num = dedupe.mark(store, store, f"{folder}/out", files, columns, sampling, kind)
     found = {}
     for file in files:
         shard = Shard(0, file.url, file.version, 0, file.num_rows, "")
-        again = dedupe.Noted(store, f"{folder}/out", columns, kind).repetitions(shard)
+        again = dedupe.Noted(store, f"{folder}/out", columns, sampling, kind).repetitions(shard)
         found |= {(Path(file.url).name, index): first.replace(f"{folder}/", "") for index, first in again.items()}
     assert len(found) == num
     return found
@@ -81,6 +85,13 @@ def test_other_sampling_is_another_question(tmp_path: Path) -> None:
     table(tmp_path, "a.parquet", ["x", "x", "x", None, None], warmth=[None, 0.5, 0.5, None, None])
     columns = read.Columns(prompt="prompt", sampling={"temperature": "warmth"})
     assert mark(tmp_path, ["a.parquet"], columns) == {("a.parquet", 2): "row 1 of a.parquet"}
+
+
+def test_hashes_of_before_the_job_file_changed_are_not_compared_with(tmp_path: Path) -> None:
+    table(tmp_path, "a", ["x"])
+    assert not mark(tmp_path, ["a"], sampling=Sampling(max_tokens=512))
+    table(tmp_path, "b", ["x"])
+    assert mark(tmp_path, ["a", "b"], sampling=Sampling(max_tokens=256)) == {("b", 0): "row 0 of a"}
 
 
 def test_a_file_that_comes_later_repeats_whatever_its_name(tmp_path: Path) -> None:
@@ -175,7 +186,7 @@ def test_every_prompt_is_answered_whatever_becomes_of_files(
                     del parts[urls[name], versions[name]]
         for name in there if which == "all" else {which} & {*there}:
             shard = Shard(0, urls[name], versions[name], 0, len(tables[name]), "")
-            again = dedupe.Noted(store, out, COLUMNS, "exact").repetitions(shard)
+            again = dedupe.Noted(store, out, COLUMNS, Sampling(), "exact").repetitions(shard)
             parts.setdefault(
                 (urls[name], versions[name]), [(prompt, i not in again) for i, prompt in enumerate(tables[name])]
             )
