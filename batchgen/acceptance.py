@@ -158,8 +158,10 @@ def since(store: Store, new: Collection[str], old: Collection[str]) -> Drift | N
 def _drafts(store: Store, urls: Collection[str]) -> pl.DataFrame:
     import polars as pl
 
-    wanted = ["row_id", "sample", "draft_tokens", "accepted_tokens"]
-    return pl.concat([frame.select(wanted) for frame in _frames(store, urls, [*wanted, "status"])])
+    key, counts = ["row_id", "sample"], ["draft_tokens", "accepted_tokens"]
+    rows = pl.concat([frame.select(key + counts) for frame in _frames(store, urls, [*key, *counts, "status"])])
+    # Where nights have the same ids a row would be compared with each of them, as if it were so many.
+    return rows.group_by(key).agg(pl.col(counts).sum())
 
 
 def _drift(mine: pl.DataFrame, theirs: pl.DataFrame) -> Drift:

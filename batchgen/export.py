@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import logging
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pyarrow as pa
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
     from batchgen.spec import Spec
     from batchgen.store import Store
+
+log = logging.getLogger("batchgen.export")
 
 MANIFEST = "export.json"
 _SPECULATORS_STATES = "speculators-states"
@@ -78,19 +81,23 @@ def run(spec: Spec, form: str, to: str, chosen: Selection, *, states: str | None
 
     Raises:
         InputError: the job has no parts, no token ids, no hidden states of a row, or no column that `where` names.
-        OutputConflictError: the folder holds something that is not an export.
+        OutputConflictError: the folder holds something that is not an export, or ids are wanted and all are of other
+            targets.
     """
     source = connect(spec.output.path, spec.output.storage_options)
     output = spec.output.path.rstrip("/")
     sink = connect(to, spec.output.storage_options)
     folder = sink.spelled(to)
-    parts = [url for _, url in sorted(write.parts(source, output).items(), key=lambda item: item[1])]
+    shards = {url: shard for shard, url in sorted(write.parts(source, output).items(), key=lambda item: item[1])}
+    parts = list(shards)
     if not parts:
         raise InputError(f"{output}: holds no finished part yet; submit the job first")
+    if form in _BY_IDS:
+        parts = _of_target(source, parts, spec.model.target)
     before = _own(sink, folder)
     export = Export(folder, form)
     condition = _condition(source, parts[0], chosen.where)
-    below = _below(source, parts, condition, chosen.sample)
+    below = _below(source, parts, condition, chosen.sample, form)
 
     def tables() -> Iterator[tuple[str, pl.DataFrame]]:
         for url in parts:
@@ -100,7 +107,7 @@ def run(spec: Spec, form: str, to: str, chosen: Selection, *, states: str | None
                 export.left_out.update(left_out.drop_nulls().to_list())
                 frame = frame.filter(left_out.is_null())
             if not frame.is_empty():
-                yield url.rsplit("/", 1)[-1].removesuffix(".parquet"), frame
+                yield url, frame
 
     def manifest(*, complete: bool) -> None:
         facts = {"form": form, "complete": complete, **dataclasses.asdict(chosen)}
@@ -110,22 +117,9 @@ def run(spec: Spec, form: str, to: str, chosen: Selection, *, states: str | None
 
     manifest(complete=False)  # whoever is interrupted here may begin again
     if form in _STATES:
-        keys = [key for _, frame in tables() for key in _keys(frame)]
-        apart = {key: _held_out(key[0], chosen) for key in keys}
-        states = states or f"{output}/{STATE_FOLDER}/features"
-        captured = connect(states, spec.output.storage_options)
-        target = models.fetch(spec.model.target, weights=form != _SPECULATORS_STATES)
-        last = engines.layers(target, None)[0][-1]
-        at = features.layers(captured, states)
-        if len(at) < 2 or at[-1] != last:
-            found = ", ".join(map(str, at))
-            raise InputError(
-                f"{states}: holds layers {found}; the trainer needs some and the last one, {last}, in the end"
-            )
-        if form == _SPECULATORS_STATES:
-            _with_states(captured, states, sink, export, apart)
-        else:
-            _file_for_each(captured, states, sink, export, apart, engines.final_norm(target))
+        keys = [(shards[url], *key) for url, frame in tables() for key in _keys(frame)]
+        apart = {(shard, row_id, sample): _held_out(row_id, chosen) for shard, row_id, sample in keys}
+        _captured(spec, states or f"{output}/{STATE_FOLDER}/features", sink, export, apart)
     else:
         _rows(sink, export, tables(), chosen)
     manifest(complete=True)
@@ -178,11 +172,29 @@ def _chosen(source: Store, url: str, condition: pl.Expr | None, below: float = 1
     return frame.filter(pl.Series([_draw("sample", *key) < below for key in _keys(frame)], dtype=pl.Boolean))
 
 
-def _below(source: Store, parts: Sequence[str], condition: pl.Expr | None, sample: float | None) -> float:
+def _of_target(source: Store, parts: Sequence[str], target: str) -> list[str]:
+    """The parts that `target` wrote, of a folder that holds several targets' (`submit --mix`): ids are its own."""
+    wrote = {}
+    for url in parts:
+        with source.open(url) as stream:
+            wrote[url] = write.target_of(pq.ParquetFile(stream).schema_arrow)
+    if len(set(wrote.values())) == 1:
+        return list(parts)
+    identity = models.fetch(target, weights=False).identity
+    own = [url for url in parts if wrote[url] == identity]
+    if not own:
+        raise OutputConflictError(f"{parts[0]}: no part here is of the target {target} ({identity})")
+    log.info("left out: %d parts of other targets", len(parts) - len(own))
+    return own
+
+
+def _below(source: Store, parts: Sequence[str], condition: pl.Expr | None, sample: float | None, form: str) -> float:
     """What a row's draw must be below to be in the sample."""
     if sample is None or sample < 1:
         return sample or 1.0
-    draws = sorted(_draw("sample", *key) for url in parts for key in _keys(_chosen(source, url, condition)))
+    frames = (_chosen(source, url, condition) for url in parts)
+    fit = (frame if form in _BY_IDS else frame.filter(_unfit(frame).is_null()) for frame in frames)
+    draws = sorted(_draw("sample", *key) for frame in fit for key in _keys(frame))
     return draws[int(sample)] if sample < len(draws) else 1.0
 
 
@@ -217,7 +229,8 @@ def _unfit(frame: pl.DataFrame) -> pl.Series:
 def _rows(sink: Store, export: Export, tables: Iterator[tuple[str, pl.DataFrame]], chosen: Selection) -> None:
     """A file for each part, and one for the rows of it that are held out."""
     make, suffix, encode = _FORMS[export.form]
-    for name, frame in tables:
+    for url, frame in tables:
+        name = url.rsplit("/", 1)[-1].removesuffix(".parquet")
         made: dict[str, list[dict[str, Any]]] = {}
         for row in frame.iter_rows(named=True):
             apart = _held_out(row["row_id"], chosen)
@@ -292,7 +305,24 @@ _THOUGHTS = r"</?think>"
 _FILES_IN_A_FOLDER = 2000
 
 
-def _with_states(source: Store, states: str, sink: Store, export: Export, apart: dict[tuple[str, int], bool]) -> None:
+def _captured(spec: Spec, states: str, sink: Store, export: Export, apart: dict[tuple[str, str, int], bool]) -> None:
+    """The rows of `apart` with their hidden states, which lie in the folder `states`."""
+    captured = connect(states, spec.output.storage_options)
+    target = models.fetch(spec.model.target, weights=export.form != _SPECULATORS_STATES)
+    last = engines.layers(target, None)[0][-1]
+    at = features.layers(captured, states)
+    if len(at) < 2 or at[-1] != last:
+        found = ", ".join(map(str, at))
+        raise InputError(f"{states}: holds layers {found}; the trainer needs some and the last one, {last}, in the end")
+    if export.form == _SPECULATORS_STATES:
+        _with_states(captured, states, sink, export, apart)
+    else:
+        _file_for_each(captured, states, sink, export, apart, engines.final_norm(target))
+
+
+def _with_states(
+    source: Store, states: str, sink: Store, export: Export, apart: dict[tuple[str, str, int], bool]
+) -> None:
     """What `speculators train --data-path` reads: an Arrow set of ids and masks, and a file of hidden states for each.
 
     Rows of `apart` that are held out are the last of the set, for `--train-data-ratio`.
@@ -334,10 +364,10 @@ def _with_states(source: Store, states: str, sink: Store, export: Export, apart:
         export.train_data_ratio = (export.rows - export.held_out + 0.5) / export.rows
 
 
-def _all_found(states: str, left: Mapping[tuple[str, int], bool]) -> None:
+def _all_found(states: str, left: Mapping[tuple[str, str, int], bool]) -> None:
     if left:
         raise InputError(
-            f"{states}: holds no hidden states of {len(left):,} rows, row {next(iter(left))[0]} among them; run "
+            f"{states}: holds no hidden states of {len(left):,} rows, row {next(iter(left))[1]} among them; run "
             f"`batchgen features` first"
         )
 
@@ -347,7 +377,7 @@ def _file_for_each(
     states: str,
     sink: Store,
     export: Export,
-    apart: dict[tuple[str, int], bool],
+    apart: dict[tuple[str, str, int], bool],
     norm: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
     """What SpecForge and ModelOpt read: a file of tensors for each row, held-out ones in `validation/`.
@@ -376,7 +406,7 @@ def _file_for_each(
             else:
                 file = f"{number:08d}.pt"
                 row = {"input_ids": ids, "loss_mask": mask, "aux_hidden_states": heard, "hidden_states": last}
-                row |= {"conversation_id": f"{key[0]}/{key[1]}", "hidden_states_prenorm": False}
+                row |= {"conversation_id": f"{key[1]}/{key[2]}", "hidden_states_prenorm": False}
             data = io.BytesIO()
             torch.save(row, data)
             file = places[held_out] + file

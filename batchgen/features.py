@@ -19,14 +19,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batchgen import engines, models, record, write
 from batchgen.errors import DrainedError, InputError, OutputConflictError
-from batchgen.job import JOB
 from batchgen.store import STATE_FOLDER, connect
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def run(
 
     Raises:
         InputError: the job has no parts, or they hold no token ids.
-        OutputConflictError: the parts are of another target, or the folder holds other layers or another dtype.
+        OutputConflictError: all parts are of other targets, or the folder holds other layers or another dtype.
         DrainedError: `draining` became true.
     """
     sink = connect(spec.output.path, spec.output.storage_options)
@@ -95,10 +95,9 @@ def run(
     folder = (to or f"{output}/{STATE_FOLDER}/features").rstrip("/")
     store = sink if to is None else connect(folder, spec.output.storage_options)
     target = models.fetch(spec.model.target)
-    _check_target(sink, output, target.identity)
     at, width = engines.layers(target, layers)
     token_bytes = len(at) * width * (4 if dtype == "float32" else 2)
-    files = list(_files(sink, output, max(1, FILE_BYTES // token_bytes)))
+    files = list(_files(sink, output, target.identity, max(1, FILE_BYTES // token_bytes)))
     found = {url.rsplit("/", 1)[-1]: url for url in store.find(folder, recursive=False)}
     there = {name: url for name, url in found.items() if name.startswith("states-")}
     _own(store, folder, {"layers": list(at), "dtype": dtype, "target_identity": target.identity}, empty=not there)
@@ -119,8 +118,8 @@ def run(
     return work
 
 
-def read(store: Store, folder: str) -> Iterator[tuple[str, Iterator[tuple[tuple[str, int], dict[str, Any]]]]]:
-    """The name of each file in `folder`, with its rows: (row_id, sample), and the row's tensors of the file's names.
+def read(store: Store, folder: str) -> Iterator[tuple[str, Iterator[tuple[tuple[str, str, int], dict[str, Any]]]]]:
+    """The name of each file in `folder`, with its rows: (shard, row_id, sample), and the row's tensors of its names.
 
     Raises:
         InputError: there is no file.
@@ -137,7 +136,8 @@ def read(store: Store, folder: str) -> Iterator[tuple[str, Iterator[tuple[tuple[
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
         tensors = load(data)
         lengths = tensors.pop("lengths").tolist()
-        keys = zip(json.loads(header["row_ids"]), json.loads(header["samples"]), strict=True)
+        shard, row_ids, samples = name.split("-")[1], json.loads(header["row_ids"]), json.loads(header["samples"])
+        keys = zip([shard] * len(row_ids), row_ids, samples, strict=True)
         parts = zip(*(torch.split(tensor, lengths) for tensor in tensors.values()), strict=True)
         rows = ((key, dict(zip(tensors, part, strict=True))) for key, part in zip(keys, parts, strict=True))
         yield name.removesuffix(".safetensors"), rows
@@ -154,18 +154,6 @@ def layers(store: Store, folder: str) -> list[int]:
     except FileNotFoundError as error:
         raise InputError(f"{folder}: holds no hidden states; run `batchgen features` first") from error
     return found
-
-
-def _check_target(store: Store, output: str, identity: str) -> None:
-    try:
-        job = json.loads(store.read(f"{output}/{JOB}"))
-    except FileNotFoundError as error:
-        raise InputError(f"{output}: no job has written there yet; submit it first") from error
-    if job.get("target_identity") != identity:
-        raise OutputConflictError(
-            f"{output}: its rows are of the target {job.get('target')} ({job.get('target_identity')}), "
-            f"not of the one named now ({identity})"
-        )
 
 
 def _own(store: Store, folder: str, facts: dict[str, Any], *, empty: bool) -> None:
@@ -193,38 +181,48 @@ def _outdated(there: dict[str, str], files: Sequence[File]) -> list[str]:
     return [url for name, url in there.items() if name not in names and name.split("-")[1] in keys]
 
 
-def _files(store: Store, output: str, most_tokens: int) -> Iterator[File]:
-    """What each file is to hold, parts in the order of their names."""
+def _files(store: Store, output: str, target: str, most_tokens: int) -> Iterator[File]:
+    """What each file is to hold, parts in the order of their names; those of other targets (`--mix`) are left out."""
     found = write.parts(store, output)
     if not found:
         raise InputError(f"{output}: holds no finished part yet; submit the job first")
+    others: Counter[str] = Counter()
     for key, url in sorted(found.items(), key=lambda item: item[1]):
-        lengths, commit = _lengths(store, url)
+        lengths, commit, of = _lengths(store, url)
+        if of != target:
+            others[of] += 1
+            continue
         start = tokens = 0
         for row, length in enumerate([*lengths, most_tokens]):
             if tokens and tokens + length > most_tokens:
                 yield File(f"states-{key}-{commit}-{start:06d}.safetensors", url, start, row, tokens)
                 start, tokens = row, 0
             tokens += length
+    theirs = ", ".join(others)
+    if others.total() == len(found):
+        raise OutputConflictError(f"{output}: its rows are of the target {theirs}, not of the one named now ({target})")
+    if others:
+        log.info("left out: %d parts of the target %s", others.total(), theirs)
 
 
-def _lengths(store: Store, url: str) -> tuple[list[int], str]:
-    """Tokens of each finished row of a part, and what names the part's content."""
+def _lengths(store: Store, url: str) -> tuple[list[int], str, str]:
+    """Tokens of each finished row of a part, what names the part's content, and which target wrote it."""
     with store.open(url) as stream:
         file = pq.ParquetFile(stream, page_checksum_verification=True)
         missing = [name for name in _COLUMNS if name not in file.schema_arrow.names]
         if missing:
             raise InputError(f"{url}: has no column {missing[0]}; hidden states need output.token_ids: true")
         commit = (file.schema_arrow.metadata or {}).get(b"batchgen.commit", b"").decode()[:8]
+        target = write.target_of(file.schema_arrow)
         table = file.read(columns=["status", "prompt_tokens", "completion_tokens"])
-    table = table.filter(pa.compute.equal(table["status"], "ok"))
-    return pa.compute.add(table["prompt_tokens"], table["completion_tokens"]).to_pylist(), commit
+    table = table.filter(pc.equal(table["status"], "ok"))
+    return pc.add(table["prompt_tokens"], table["completion_tokens"]).to_pylist(), commit, target
 
 
 def _captured(capture: Capture, store: Store, file: File, layers: Sequence[int], draining: Callable[[], bool]) -> bytes:
     with store.open(file.part) as stream:
         table = pq.ParquetFile(stream, page_checksum_verification=True).read(columns=[*_COLUMNS, *_IF_THERE])
-    table = table.filter(pa.compute.equal(table["status"], "ok")).slice(file.start, file.stop - file.start)
+    table = table.filter(pc.equal(table["status"], "ok")).slice(file.start, file.stop - file.start)
     rows = table.to_pylist()
     for row in rows:
         row["ids"], row["mask"] = record.ids_and_mask(row)

@@ -111,6 +111,12 @@ def load(store: Store, url: str, schema: pa.Schema) -> Part:
         raise CorruptOutputError(f"{url}: does not read back ({cause}); remove it and submit again") from error
 
 
+def target_of(schema: pa.Schema) -> str:
+    """The identity of the target whose rows stand in a part of this schema."""
+    identity: bytes = (schema.metadata or {}).get(b"batchgen.target_identity", b"")
+    return identity.decode()
+
+
 def commit_of(store: Store, url: str) -> str | None:
     """The nonce of the commit that wrote the part at `url`, None where there is none."""
     try:

@@ -125,6 +125,18 @@ def test_a_drift_is_flagged_when_there_is_one_and_seldom_otherwise(tmp_path, pai
     assert flagged(0.4) > 0.9
 
 
+def test_nights_of_equal_ids_are_no_further_rows_to_compare_with(tmp_path):
+    rng = random.Random(3)
+    night, now = ([row(i, rng, 0.5) for i in range(1, 100)] for _ in range(2))
+    new = parts(tmp_path / "now", now)
+    found = []
+    for name, nights in (("one", 1), ("ten", 10)):
+        old = parts(tmp_path / name, night * nights)
+        found.append(acceptance.against(connect(new), new, connect(old), old))
+    assert found[0].rows == found[1].rows > 0
+    assert found[1].error == pytest.approx(found[0].error)
+
+
 @pytest.fixture
 def job(tmp_path) -> Path:
     sections = {

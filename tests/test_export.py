@@ -11,6 +11,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -147,6 +148,14 @@ def test_samples_are_of_the_size_asked_for_and_grow_by_what_is_new(rehearsed, tm
     assert not rows["train"] & rows["validation"], "all samples of a row are on one side"
 
 
+def test_a_sample_is_of_rows_that_fit(rehearsed, tmp_path):
+    job = spec.load(str(rehearsed / "job.yaml"))
+    fit = finished(rehearsed).filter(pl.col("finish_reason") == "stop").height
+    assert 20 < fit < 118
+    for size in (20, fit):
+        assert run(job, "messages", str(tmp_path), Selection(sample=size)).rows == size
+
+
 def test_an_export_is_replaced_and_nothing_else_is(rehearsed, tmp_path):
     job = rehearsed / "job.yaml"
     assert batchgen("export", job, "--form", "messages", "--to", tmp_path / "to").returncode == 0
@@ -209,6 +218,38 @@ def test_the_trainers_set_has_each_row_beside_its_hidden_states(tmp_path):
     lines = [json.loads(line) for f in (tmp_path / "text/validation").iterdir() for line in f.read_text().splitlines()]
     last = found.select(range(len(found) - facts["held_out"], len(found)))
     assert sorted(line["input_ids"] for line in lines) == sorted(last["input_ids"]), "the same rows in every form"
+
+
+def test_in_a_mixed_folder_equal_ids_have_states_of_their_own_and_other_targets_rows_stay_out(tmp_path):
+    for num, more in ((6, []), (4, ["--mix"])):
+        job = job_file(
+            tmp_path,
+            3,
+            engine={"kind": "torch"},
+            speculation={"tree": "off"},
+            sampling={"max_tokens": num, "temperature": 0.8},
+        )
+        assert batchgen("submit", job, *more).returncode == 0
+    table = pl.read_parquet(tmp_path / "out/*.parquet")
+    assert table["row_id"].n_unique() == 3
+
+    def states(*options: str) -> list[list[int]]:
+        assert batchgen("features", job).returncode == 0
+        done = batchgen("export", job, "--form", "speculators-states", "--to", tmp_path / "to", *options)
+        assert done.returncode == 0, done.stderr
+        found = load_from_disk(str(tmp_path / "to")).with_format(None)["input_ids"]
+        for i, ids in enumerate(found):
+            assert load_file(tmp_path / f"to/hidden_states/hs_{i}.safetensors")["token_ids"].tolist() == ids
+        return sorted(found)
+
+    asked = [p + c for p, c in table.select("prompt_token_ids", "completion_token_ids").rows()]
+    assert states() == sorted(asked)
+    parts = {file: pl.read_parquet(file)["completion_tokens"].max() for file in (tmp_path / "out").glob("*.parquet")}
+    [part] = (file for file, longest in parts.items() if longest > 4)
+    rows = pq.read_table(part)
+    another = {**rows.schema.metadata, b"batchgen.target_identity": b"another"}
+    pq.write_table(rows.replace_schema_metadata(another), part, write_page_checksum=True)
+    assert states() == sorted(ids for ids, num in zip(asked, table["completion_tokens"], strict=True) if num <= 4)
 
 
 @pytest.mark.filterwarnings("ignore:The first message is from system")
