@@ -60,6 +60,12 @@ class ModelError(BatchgenError):
     exit_code = 2
 
 
+class ModelUnreachableError(ModelError):
+    """Whence weights are fetched does not answer; later it may."""
+
+    exit_code = 1
+
+
 class EngineError(BatchgenError):
     """The engine's process dies whatever it runs."""
 

