@@ -5,6 +5,7 @@
   - InputError                 (exit 2)   the input table is missing, unreadable or of another shape
     - InputChangedError        (exit 2)   an input file changed between plan and read
   - ModelError                 (exit 2)   weights cannot be had, or head and target do not fit
+    - ModelUnreachableError    (exit 1)   whence weights are fetched does not answer
   - EngineError                (exit 1)   the engine dies whatever it runs
   - ScreenError                (exit 1)   the service that finds personal data cannot be asked
   - StoreError                 (exit 1)   object storage kept failing

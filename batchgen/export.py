@@ -81,8 +81,8 @@ def run(spec: Spec, form: str, to: str, chosen: Selection, *, states: str | None
 
     Raises:
         InputError: the job has no parts, no token ids, no hidden states of a row, or no column that `where` names.
-        OutputConflictError: the folder holds something that is not an export, or ids are wanted and all are of other
-            targets.
+        OutputConflictError: the folder holds something that is not an export; or all parts are of other targets, and
+            hidden states are wanted, or ids out of several targets' parts.
     """
     source = connect(spec.output.path, spec.output.storage_options)
     output = spec.output.path.rstrip("/")
@@ -93,7 +93,7 @@ def run(spec: Spec, form: str, to: str, chosen: Selection, *, states: str | None
     if not parts:
         raise InputError(f"{output}: holds no finished part yet; submit the job first")
     if form in _BY_IDS:
-        parts = _of_target(source, parts, spec.model.target)
+        parts = _of_target(source, parts, spec.model.target, surely=form in _STATES)
     before = _own(sink, folder)
     export = Export(folder, form)
     condition = _condition(source, parts[0], chosen.where)
@@ -172,19 +172,23 @@ def _chosen(source: Store, url: str, condition: pl.Expr | None, below: float = 1
     return frame.filter(pl.Series([_draw("sample", *key) < below for key in _keys(frame)], dtype=pl.Boolean))
 
 
-def _of_target(source: Store, parts: Sequence[str], target: str) -> list[str]:
-    """The parts that `target` wrote, of a folder that holds several targets' (`submit --mix`): ids are its own."""
+def _of_target(source: Store, parts: Sequence[str], target: str, *, surely: bool) -> list[str]:
+    """The parts that `target` wrote, of a folder that holds several targets' (`submit --mix`): ids are its own.
+
+    Where all are of one target it is asked for, over the network maybe, only to be sure.
+    """
     wrote = {}
     for url in parts:
         with source.open(url) as stream:
             wrote[url] = write.target_of(pq.ParquetFile(stream).schema_arrow)
-    if len(set(wrote.values())) == 1:
+    if len(set(wrote.values())) == 1 and not surely:
         return list(parts)
     identity = models.fetch(target, weights=False).identity
     own = [url for url in parts if wrote[url] == identity]
     if not own:
         raise OutputConflictError(f"{parts[0]}: no part here is of the target {target} ({identity})")
-    log.info("left out: %d parts of other targets", len(parts) - len(own))
+    if len(own) < len(parts):
+        log.info("left out: %d parts of other targets", len(parts) - len(own))
     return own
 
 

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import textwrap
 import zipfile
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,7 +141,10 @@ def _hub(ref: str, repo: str, revision: str | None, cache: Path | None, *, weigh
             f"model {ref!r}: no such directory here and no {repo} on the Hub (or it is private: log in with a token)"
         ) from error
     except (OSError, ValueError, transport) as error:
-        raise ModelUnreachableError(
+        answered = getattr(getattr(error, "response", None), "status_code", 503)
+        passing = isinstance(error, (transport, errors.LocalEntryNotFoundError, ConnectionError, TimeoutError))
+        later = passing and (answered == HTTPStatus.TOO_MANY_REQUESTS or answered >= HTTPStatus.INTERNAL_SERVER_ERROR)
+        raise (ModelUnreachableError if later and not huggingface_hub.constants.HF_HUB_OFFLINE else ModelError)(
             f"model {ref!r}: the Hub cannot be reached and its cache has no full copy ({_first_line(error)}); "
             "connect, or give a local directory"
         ) from error

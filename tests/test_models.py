@@ -200,7 +200,7 @@ for ref in sys.argv[3:]:
         model = models.fetch(ref, cache=pathlib.Path(sys.argv[1]), weights=sys.argv[2] == "True")
         answers.append([model.identity, sorted(file.name for file in model.path.iterdir())])
     except errors.ModelError as error:
-        answers.append([str(error), None])
+        answers.append([str(error), error.exit_code])
 print(json.dumps(answers))
 """
     local = {"HF_ENDPOINT": endpoint, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -255,8 +255,10 @@ def test_what_the_hub_does_not_give_is_said_in_one_line(tmp_path: Path, hub: str
         "acme/a--b": "no such directory here and no acme/a--b on the Hub",  # not even a valid name
     }
     answers = fetched(tmp_path, hub, *refs)
-    [[offline, _]] = fetched(tmp_path, hub, "acme/chat", HF_HUB_OFFLINE="1")
-    [[dead, _]] = fetched(tmp_path, "http://127.0.0.1:9", "acme/chat")
+    [[offline, wrong]] = fetched(tmp_path, hub, "acme/chat", HF_HUB_OFFLINE="1")
+    [[dead, passing]] = fetched(tmp_path, "http://127.0.0.1:9", "acme/chat")
+    assert {code for _, code in answers} == {wrong} == {2}
+    assert passing == 1, "a job may be tried again"
     for message, expected in zip([text for text, _ in answers], refs.values(), strict=True):
         assert expected in message
     assert "connect, or give a local directory" in offline

@@ -175,13 +175,13 @@ def _scores(q_BQD: torch.Tensor, k_BLD: torch.Tensor, mask_BQL: torch.Tensor, sc
 
 
 def span_mask(span: Span, dtype: torch.dtype, device: torch.device, window: int | None = None) -> torch.Tensor:
-    """Additive causal mask [T, prefix + T] of one span; on a GPU, where no window cuts it, one by name only.
+    """Causal mask [T, prefix + T] of one span, to be added; in half precision on a GPU one that is only named.
 
     With a mask of numbers SDPA neither takes flash attention nor anything else that knows grouped heads: it would
-    repeat keys and keep all scores, gigabytes of a long prompt.
+    repeat keys and keep all scores, gigabytes of a long prompt. A window has no such name.
     """
     num, length = span.stop - span.start, span.prefix + span.stop - span.start
-    if device.type == "cuda" and (window is None or window >= length):
+    if device.type == "cuda" and dtype is not torch.float32 and (window is None or window >= length):
         named: torch.Tensor = causal_lower_right(num, length)
         return named
     query = torch.arange(span.prefix, length, device=device)[:, None]
