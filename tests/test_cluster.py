@@ -121,11 +121,14 @@ def test_two_workers_give_the_rows_of_one_and_leave_nothing_behind(tmp_path: Pat
     assert (again.returncode, "nothing to do" in again.stdout) == (0, True)
 
 
-def test_ctrl_c_while_ray_starts_is_a_drain(tmp_path: Path) -> None:
+@pytest.mark.parametrize("after_s", [0.0, 0.75, 1.5])
+def test_ctrl_c_while_ray_starts_is_a_drain(tmp_path: Path, after_s: float) -> None:
+    """Whichever of Ray's own waits it falls into."""
     with started(job_file(tmp_path)) as driver:
         while not list(Path("/tmp").glob(f"batchgen-{driver.pid}-*/session_*")):
             assert driver.poll() is None, driver.communicate()
             time.sleep(0.01)
+        time.sleep(after_s)
         driver.send_signal(signal.SIGINT)
         _, said = driver.communicate(timeout=60)
         assert driver.returncode == 75, said
