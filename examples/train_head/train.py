@@ -9,6 +9,9 @@ Of speculators 0.9 three things are worked around: it insists on an accelerator,
 itself; its fused loss and flex attention are for GPUs; and it trains a head in the type that it is stored in. Needs
 `pip install -e ".[train]"`; with a CPU build of torch then also `pip uninstall -y torchvision torchaudio`, which come
 along built for CUDA.
+
+What a head learns on new prompts it pays for with some of what it knew of others. `--keep SHARE` mixes that much of the
+weights that it began with into what was trained, which gave the demo's head both (WiSE-FT, arXiv 2109.01903).
 """
 
 from __future__ import annotations
@@ -94,12 +97,18 @@ def begun(head: Path, folder: Path, target: Path) -> Path:
     return copy
 
 
-def publish(trained: Path, to: Path, target: str) -> None:
-    """Write a trained checkpoint as engines take it, without its copy of the target's embedding."""
+def publish(trained: Path, to: Path, target: str, before: Path | None, keep: float) -> None:
+    """Write a trained checkpoint as engines take it, without its copy of the target's embedding.
+
+    `keep` is the share of `before`, the head that it began with, in its weights.
+    """
     config = json.loads((trained / "config.json").read_text())
     tensors = load_file(trained / "model.safetensors")
     if not config["embed_requires_grad"]:
         tensors.pop("embed_tokens.weight", None)
+    for name, old in (load_file(before / "model.safetensors") if before and keep else {}).items():
+        if old.is_floating_point() and name in tensors:
+            tensors[name] = torch.lerp(tensors[name].float(), old.float(), keep).to(tensors[name].dtype)
     config.pop("auto_map", None)
     config["speculators_config"]["verifier"]["name_or_path"] = target
     to.mkdir(parents=True, exist_ok=True)
@@ -113,6 +122,7 @@ def main() -> None:
     options.add_argument("--data", type=Path, required=True, nargs="+", help="exports of the form speculators-states")
     options.add_argument("--to", type=Path, required=True, help="folder for the head")
     options.add_argument("--head", help="a head in speculators format to go on from")
+    options.add_argument("--keep", type=float, default=0.0, help="share of its weights in those that are written")
     options.add_argument("trainer", nargs="*", help="further arguments of `speculators train`, after --")
     args = options.parse_args()
     from speculators.train.cli import main as train
@@ -136,7 +146,7 @@ def main() -> None:
             "hidden-states-dtype": "bfloat16" if gpu or multiplies_bfloat16() else "float32",
             "train-data-ratio": train_data_ratio,
         }
-        name = args.target
+        name, head = args.target, None
         if args.head:
             head = models.fetch(args.head).path
             settings["from-pretrained"] = begun(head, Path(folder), target.path)
@@ -149,7 +159,7 @@ def main() -> None:
         epochs = [each for each in Path(folder).iterdir() if each.name.isdigit()]
         if not epochs:
             sys.exit("the training ended before its first epoch; nothing is written")
-        publish(max(epochs, key=lambda each: int(each.name)), args.to, name)
+        publish(max(epochs, key=lambda each: int(each.name)), args.to, name, head, args.keep)
     print(f"head: {args.to}")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from batchgen import models
 
@@ -38,6 +38,24 @@ def test_a_head_is_trained_further_in_float32(tmp_path):
     assert json.loads((copy / "config.json").read_text())["dtype"] == "float32"
 
 
+def test_a_head_keeps_a_share_of_what_it_was(tmp_path):
+    publish = runpy.run_path(str(ROOT / "examples/train_head/train.py"))["publish"]
+    before = ROOT / "examples/smollm2"
+    old = load_file(before / "model.safetensors")
+    (tmp_path / "trained").mkdir()
+    (tmp_path / "trained/config.json").write_text((before / "config.json").read_text())
+    save_file(
+        {n: t + 1 if t.is_floating_point() else t for n, t in old.items()}, tmp_path / "trained/model.safetensors"
+    )
+    publish(tmp_path / "trained", tmp_path / "head", "demo:smollm2-135m", before, 0.25)
+    new = load_file(tmp_path / "head/model.safetensors")
+    assert new.keys() == old.keys()
+    for name, tensor in new.items():
+        expected = old[name] + 0.75 if tensor.is_floating_point() else old[name]
+        assert torch.allclose(tensor.float(), expected.float(), atol=0.03), name
+        assert tensor.dtype == old[name].dtype
+
+
 def test_a_head_is_trained_on_a_jobs_rows_and_drafts_on_both_engines(tmp_path):
     job = ("jobs/train.yaml", "--set", f"output.path={tmp_path}/out", "--set", "sampling.max_tokens=12")
     run("-m", "batchgen", "submit", *job, "--set", "speculation.tree=off")
@@ -58,7 +76,7 @@ def test_a_head_is_trained_on_a_jobs_rows_and_drafts_on_both_engines(tmp_path):
     losses = train("first", "--", "--epochs=1", "--draft-vocab-size=2048")
     assert len(losses) >= 50
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
-    further = train("head", "--head", tmp_path / "first", "--", "--epochs=1", "--max-steps=10")
+    further = train("head", "--head", tmp_path / "first", "--keep", "0.25", "--", "--epochs=1", "--max-steps=10")
     assert sum(further) < 0.8 * sum(losses[:10])
     for engine in ("torch", "vllm"):
         few = tmp_path / "few.parquet"

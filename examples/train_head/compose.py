@@ -1,0 +1,124 @@
+"""Prompts of many kinds out of a few texts: what a head has never seen asked, it drafts badly.
+
+    python examples/train_head/compose.py texts.parquet --column text --passages 1500 --words 800 --to prompts.parquet
+
+Each prompt is an instruction about a passage of one of the texts, or about words that stand in several of them; both
+are drawn at random, by `--seed`. The table has `id`, `category` (passage or word) and `messages`, as a job file's
+`input` wants them. The target answers, so nothing of the texts' own style is learned: they only bring in subjects.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import re
+from collections import Counter
+from pathlib import Path
+
+import polars as pl
+
+ON_PASSAGE = (
+    "Summarize the following text in two sentences.",
+    "What are the main points of this passage?",
+    "Paraphrase the following passage.",
+    "Rewrite this passage in a formal tone.",
+    "Rewrite the text below as a short poem.",
+    "Explain what the following text is about, in words that a child would understand.",
+    "Write a short email to a friend about this.",
+    "Write a letter to the editor in response to this.",
+    "Write three questions that a teacher could ask about this text, and answer them.",
+    "What questions does this text leave open?",
+    "Who is speaking here, and what do they want? Explain your reasoning.",
+    "List all persons, places and things that are named in the text.",
+    "Extract the names, dates and numbers in this text and return them as JSON.",
+    "Continue this story.",
+    "Write the next three sentences.",
+    "What could happen next? Describe three possibilities.",
+    "Describe the scene below from another person's point of view.",
+    "Do you agree with the following? Give reasons for and against.",
+    "Which of the statements in this text are facts, and which are opinions?",
+    "Suppose the opposite of this were true. What would follow?",
+    "Write a blog post introduction on the subject of this note.",
+    "Write a headline and a short news report about the following.",
+    "Suggest a title and three keywords for the following text.",
+    "What is the mood of this paragraph, and which words create it?",
+    "Turn the following into a dialogue between two people.",
+    "Write a product review inspired by these lines.",
+    "What historical, scientific or cultural background would help a reader to understand this?",
+    "Correct the grammar of this text where needed and explain your changes.",
+    "Give practical advice to the person who wrote this.",
+    "Make a bulleted list of what has to be done according to this note.",
+    "Classify the following text by topic and tone, and justify your answer.",
+    "Explain the reasoning in this passage step by step.",
+    "Translate the meaning of this into simple English.",
+    "You are a critic. Evaluate the following text on a scale from 1 to 10 and explain your score.",
+    "Answer this as an expert would.",
+    "Pretend to be the person who says this, and introduce yourself.",
+)
+ON_WORDS = (
+    "Explain what {a} means and why it matters.",
+    "Write a short essay about {a}.",
+    "Compare {a} and {b}. What do they have in common, and how do they differ?",
+    "What is the history of {a}?",
+    "Give five facts about {a}.",
+    "Describe to a student how {a} works.",
+    "How does {a} influence {b}?",
+    "Write a short story in which {a} and {b} play a part.",
+    "What are common misunderstandings about {a}?",
+    "Which ethical questions does {a} raise?",
+    "Draft a professional email about {a}.",
+    "Plan a lesson about {a} for beginners.",
+    "Why do people care about {a}?",
+    "What would the world look like without {a}?",
+    "Write a travel or product description that mentions {a}.",
+    "Give arguments for and against more {a}.",
+)
+# Characters of a passage; a sentence that begins within them is kept to its end.
+LENGTHS = (120, 220, 380)
+# In how many of the texts a word stands, and what hardly any thing's name ends with.
+SEVERAL, NOT_NAMES = 3, ("ly", "ing", "ed")
+
+
+def passage(text: str, length: int, dice: random.Random) -> str:
+    """Some sentences of `text`, from a random one on."""
+    sentences = re.split(r"(?<=[.!?])\s+", text.strip())
+    chosen = ""
+    for sentence in sentences[dice.randrange(max(1, len(sentences) - 1)) :]:
+        if len(chosen) >= length:
+            break
+        chosen = f"{chosen} {sentence}".strip()
+    return chosen[: 2 * length]
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("texts", help="a Parquet table")
+    options.add_argument("--column", required=True, help="its column of texts")
+    options.add_argument("--passages", type=int, default=0, help="how many prompts about a passage")
+    options.add_argument("--words", type=int, default=0, help="how many prompts about words")
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--to", type=Path, required=True, help="the table of prompts")
+    args = options.parse_args()
+    dice = random.Random(args.seed)  # noqa: S311  # no secret
+    texts = [text for text in pl.read_parquet(args.texts)[args.column].to_list() if text]
+    found = Counter(word for text in texts for word in set(re.findall(r"\b[a-z]{6,13}\b", text)))
+    names = sorted(word for word, num in found.items() if num >= SEVERAL and not word.endswith(NOT_NAMES))
+
+    def on_passage() -> str:
+        return f"{dice.choice(ON_PASSAGE)}\n\n{passage(dice.choice(texts), dice.choice(LENGTHS), dice)}"
+
+    def on_words() -> str:
+        return dice.choice(ON_WORDS).format(a=dice.choice(names), b=dice.choice(names))
+
+    asked = [("passage", on_passage()) for _ in range(args.passages)]
+    asked += [("word", on_words()) for _ in range(args.words)]
+    dice.shuffle(asked)
+    rows = [
+        {"id": f"{args.seed}-{i}", "category": kind, "messages": [{"role": "user", "content": text}]}
+        for i, (kind, text) in enumerate(asked)
+    ]
+    pl.DataFrame(rows).write_parquet(args.to)
+
+
+if __name__ == "__main__":
+    main()
