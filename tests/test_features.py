@@ -162,7 +162,7 @@ def test_a_part_that_was_replaced_is_read_again(finished):
     [
         (["--layers", "2,31"], 2, "has 0 (the embedding) to 30"),
         (["--set", "engine.kind=rehearsal"], 2, "no hidden states"),
-        (["--set", "output.path=nowhere"], 2, "submit it first"),
+        (["--set", "output.path=nowhere"], 2, "submit the job first"),
         (["--layers", "two"], 2, "expected numbers"),
     ],
 )
