@@ -196,7 +196,8 @@ def test_all_problems_of_an_input_are_one_line_and_exit_2(tmp_path):
 def test_another_jobs_output_is_refused_unless_asked(tmp_path):
     prompts(tmp_path)
     assert batchgen("submit", job_file(tmp_path, **REHEARSAL)).returncode == 0
-    elsewhere = {"path": str(tmp_path / "*.parquet"), "messages": "messages", "id": "id"}
+    keep = ["source", "category"]
+    elsewhere = {"path": str(tmp_path / "*.parquet"), "messages": "messages", "id": "id", "keep": keep}
     other = job_file(tmp_path, **REHEARSAL, sampling={"max_tokens": 5}, input=elsewhere)
     refused = batchgen("submit", other)
     assert refused.returncode == 73
