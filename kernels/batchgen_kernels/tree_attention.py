@@ -9,7 +9,8 @@ read once per group, and slots in blocks, so that a long row or a wide tree pads
 Torch's SDPA takes about 20 us for every slot, however little is in it. Batched products take less: in float32 for plain
 decoding (a tenth with 64 rows on two Intel cores), in bfloat16 for trees of every width (on two AMD cores with bfloat16
 0.6 of SDPA's time with 16 slots of 224 tokens and 1 to 8 nodes each). Scores are then rounded to bfloat16 before the
-softmax, as in transformers' eager attention; the result is no further from float32's.
+softmax, as in transformers' eager attention: on random keys the result is off by 0.4 to 1 % of float32's instead of by
+0.2 %. What that is beside all else that bfloat16 rounds: the demo's logits are off by 1.75 instead of 1.73 %.
 
 Shape legend: N packed tokens, R tiles, S slots, T tile width, L pool length, H query heads, K key/value heads,
 G = H // K, D head size.
