@@ -112,6 +112,25 @@ def test_captured_passes_change_no_token(device, checkpoints, plain):
     assert kinds == {"verify", "read", "extend", "level 4"}
 
 
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+def test_few_graphs_are_kept_and_captured_again(device, checkpoints, plain, monkeypatch):
+    begun = []
+
+    def begin():
+        begun.append(cuda_graph() if device.type == "cuda" else again)
+        return begun[-1]
+
+    monkeypatch.setattr("batchgen.engines.torch.graphs.MAX_GRAPHS", 2)
+    graphs = Graphs(begin)
+    tokens, _ = decode(checkpoints, device, Shape(3, 4, 14), graphs)
+    assert tokens == plain
+    assert len(graphs._graphs) == 2 < graphs.num_captured
+    before = len(begun)
+    graphs.clear()
+    assert not graphs._graphs
+    assert len(begun) == before + 1, "memory that all graphs left takes no new ones"
+
+
 def test_what_cannot_be_captured_runs_as_it_comes(device, checkpoints, plain, caplog):
     def refuses(run):
         raise RuntimeError("operation not permitted when stream is capturing")

@@ -6,13 +6,15 @@ import dataclasses
 import random
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
 
 from batchgen.engines.torch.layout import Heads, Layout, Tiles
 from batchgen_kernels.attend import tree_attend_reference
-from batchgen_kernels.tree_attention import Span, tree_attention
+from batchgen_kernels.tree_attention import Span, span_mask, tree_attention
 
 HEADS = Heads(6, 2, torch.float32, torch.device("cpu"))
 # In bfloat16 scores of up to 4 are rounded by 2^-7, and so is what they weigh.
@@ -49,6 +51,18 @@ def test_tiles_of_any_widths_are_dense_attention(counts, dtype, dice):
     dense = tree_attend_reference(q.float(), k.float(), v.float(), *rows, seen, 0.3, None, layout.position_N)
     found = tree_attention(q, k, v, layout.tiles, layout.spans, 0.3)
     torch.testing.assert_close(found.float(), dense, atol=CLOSE[dtype], rtol=CLOSE[dtype])
+
+
+@pytest.mark.parametrize(("prefix", "num"), [(0, 5), (7, 5), (3, 1)])
+def test_a_mask_that_is_only_named_is_the_same_mask(prefix, num):
+    q, k, v = torch.randn(1, 6, num, 8), *torch.randn(2, 1, 2, prefix + num, 8)
+    span = Span(0, num, 0, prefix)
+    named = span_mask(span, torch.bfloat16, torch.device("cuda"))
+    spelled = span_mask(span, torch.float32, torch.device("cpu"))
+    found, expected = (
+        scaled_dot_product_attention(q, k, v, mask, scale=0.3, enable_gqa=True) for mask in (named, spelled)
+    )
+    torch.testing.assert_close(found, expected)
 
 
 def test_chains_see_all_that_stands_before_them():
