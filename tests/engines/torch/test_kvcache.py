@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchgen.engines.torch.kvcache import Pool, container_bytes
+from batchgen.engines.torch.kvcache import Pool, container_bytes, out_of_memory
 
 SIZES = st.tuples(st.integers(1, 20), st.integers(1, 600))
 
@@ -46,3 +47,17 @@ def test_a_container_may_take_what_it_has_left(tmp_path):
     assert container_bytes(tmp_path) == 450
     (tmp_path / "memory.current").write_text("1200\n")
     assert container_bytes(tmp_path) == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "memory"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+)
+def test_memory_that_ran_out_is_known_by_whoever_says_so(error, memory):
+    assert out_of_memory(error) == memory

@@ -148,6 +148,15 @@ def kept_of_chains(even: float, last: list[float]) -> list[list[bool]]:
     return width.keep(chain, torch.full((rows,), 9), Shape(3, 1, 3), ahead).tolist()
 
 
+@pytest.mark.parametrize("captures", [False, True])
+def test_a_step_that_captures_graphs_teaches_nothing_of_what_passes_cost(captures):
+    width = AutoTree(costs(a_node=0.005))
+    before = width.costs.verify(4)
+    width.plan(Ahead(400, [1] * 4, [0] * 4, 0))
+    width.spent(Step(4, 400, 4, 4, 0.0, 3 * before, False, captures, None), None)
+    assert (width.costs.verify(4) == before) == captures
+
+
 def test_one_row_is_not_one_of_even_rows():
     """Its passes are priced as they are; even rows, at half the price, verify more."""
     chances = [0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5]
