@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import logging
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,28 +22,26 @@ from batchgen import (
     dedupe,
     engines,
     journal,
+    ownership,
     plan,
     provenance,
     read,
     record,
     report,
     status,
-    urls,
     write,
 )
 from batchgen.attempt import Task
 from batchgen.errors import (
     AcceptanceError,
-    CorruptOutputError,
     DrainedError,
     ModelError,
-    OutputConflictError,
     ReconciliationError,
     TooManyErrorsError,
 )
 from batchgen.lease import Lease
 from batchgen.speculation import costs
-from batchgen.store import STATE_FOLDER, connect
+from batchgen.store import connect
 from batchgen.worker import Kit
 
 if TYPE_CHECKING:
@@ -63,7 +59,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("batchgen.job")
 
-JOB = f"{STATE_FOLDER}/job.json"
 # So many are generated or refused before a job is said to be only failing.
 FIRST_ROWS = 100
 # A run shorter than this says more about warming up than about speed.
@@ -234,7 +229,7 @@ def submit(
     """
     job = prepare(spec, weights=False)
     with Lease.take(job.sink, job.output, ttl_s=spec.checkpoint.lease_seconds, draining=draining) as lease:
-        _own_output(job, mix=mix)
+        ownership.claim(job, mix=mix)
         if retry_failed:
             again = plan.failed(job.sink, job.parts, job.plan)
             job = job.but(again=again)
@@ -370,81 +365,6 @@ def _only_failing(tally: Tally, allowed: float) -> None:
             f"{tally.error:,} of the first {done:,} rows failed, {count:,} of them with {reason}, and max_error_rate "
             f"is {allowed:g}; finished rows are journalled. Mend the cause, or raise max_error_rate to go on"
         )
-
-
-def _own_output(job: Job, *, mix: bool) -> None:
-    """Claim the output folder for this job, or see that it is ours already; refuse what would put a row there twice."""
-    columns = [f"{field.name}: {field.type}" for field in job.schema]
-    url = f"{job.output}/{JOB}"
-    mine = {"fingerprint": job.plan.fingerprint, "columns": columns, "rows_per_part": job.spec.checkpoint.rows_per_part}
-    text = json.dumps(mine | job.facts | {"spec": _public(job.spec)}, indent=2).encode()
-    theirs: dict[str, Any] = mine if job.sink.create(url, text) else _stored(job.sink, url)
-    other = any(theirs.get(name) != value for name, value in mine.items())
-    if other and not job.parts and not any(journal.pending(job.sink, job.output).values()):
-        job.sink.put(url, text)  # a submit that never finished a row holds nothing
-        return
-    elsewhere = "choose another output.path"
-    if theirs.get("columns") != columns:
-        found = ", ".join(sorted(set(theirs.get("columns", ())) ^ set(columns))) or "their order"
-        raise OutputConflictError(f"{job.output}: its parts have other columns than this job's ({found}); {elsewhere}")
-    same = theirs.get("fingerprint") == mine["fingerprint"]
-    if not same and not mix:
-        raise OutputConflictError(
-            f"{job.output}: holds rows of another job, which differs in {_difference(theirs, job)}; {elsewhere}, or "
-            f"--mix to keep both in one folder"
-        )
-    if same and theirs.get("rows_per_part") != mine["rows_per_part"]:
-        rows, wanted = theirs.get("rows_per_part"), mine["rows_per_part"]
-        raise OutputConflictError(
-            f"{job.output}: its parts hold {rows} rows each; checkpoint.rows_per_part {wanted} would write "
-            f"the same rows again; keep {rows}, or {elsewhere}"
-        )
-    doubled = plan.strangers(job.sink, job.parts, job.plan)
-    if doubled:
-        raise OutputConflictError(
-            f"{job.output}: {len(doubled)} parts could hold rows that this job would write again: "
-            f"{'; '.join(doubled[:3])}; remove them, or {elsewhere}"
-        )
-
-
-def _stored(sink: Store, url: str) -> dict[str, Any]:
-    try:
-        facts: dict[str, Any] = json.loads(sink.read(url))
-        _ = facts["fingerprint"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise CorruptOutputError(f"{url}: not what batchgen notes of a job ({error}); choose another output.path, or "
-                                 f"remove it if the folder holds this job's rows only") from error  # fmt: skip
-    return facts
-
-
-def _difference(theirs: dict[str, Any], job: Job) -> str:
-    """What makes the fingerprints of two jobs differ, for people."""
-    before = plan.asked(theirs["spec"]) if "spec" in theirs else {}
-    differs = [f"{name} ({theirs.get(name)}, now {job.facts[name]})" for name in ("target_identity", "dtype", "engine")
-               if theirs.get(name) != job.facts[name]]  # fmt: skip
-    differs += [name for name, value in plan.asked(_public(job.spec)).items() if before.get(name) != value]
-    return ", ".join(differs) or "the chat template"
-
-
-def _public(spec: Spec) -> dict[str, Any]:
-    """The spec as it may be stored: storage options can hold secrets."""
-    shown: dict[str, Any] = spec.model_dump(mode="json")
-    for folder in ("input", "output"):
-        shown[folder].pop("storage_options", None)
-    shown["engine"]["options"] = _masked(shown["engine"]["options"])
-    return shown
-
-
-def _masked(options: Any) -> Any:
-    """Engine options without what may be secret among them."""
-    if isinstance(options, list | tuple):
-        return [_masked(option) for option in options]
-    if isinstance(options, str):
-        return urls.without_secrets(options)
-    if not isinstance(options, dict):
-        return options
-    secret = re.compile("token$|secret|passw|credential|auth|(api|access)[-_]?key", re.IGNORECASE)
-    return {name: "not stored" if secret.search(str(name)) else _masked(value) for name, value in options.items()}
 
 
 def costs_folder() -> Path:

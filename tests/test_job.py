@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from batchgen import job, models, record, spec
+from batchgen import models, ownership, record, spec
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "examples/prompts/quickstart.parquet"
@@ -249,7 +249,7 @@ def test_what_may_be_secret_among_engine_options_is_not_noted():
         "compilation_config": {"level": 3, 7: [{"api-key": "s3cr3t"}]},
         "download_dir": "https://me:s3cr3t@host/x?sig=s3cr3t",
     }
-    noted = job._masked(options)
+    noted = ownership._masked(options)
     assert "s3cr3t" not in json.dumps(noted)
     assert (noted["tensor_parallel_size"], noted["compilation_config"]["level"]) == (2, 3)
     assert noted["download_dir"] == "https://host/x?..."
