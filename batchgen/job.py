@@ -229,7 +229,7 @@ def submit(
     """
     job = prepare(spec, weights=False)
     with Lease.take(job.sink, job.output, ttl_s=spec.checkpoint.lease_seconds, draining=draining) as lease:
-        ownership.claim(job, mix=mix)
+        ownership.claim(job.spec, job.sink, job.plan, job.parts, job.schema, job.facts, mix=mix)
         if retry_failed:
             again = plan.failed(job.sink, job.parts, job.plan)
             job = job.but(again=again)

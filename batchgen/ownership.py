@@ -11,50 +11,66 @@ from batchgen.errors import CorruptOutputError, OutputConflictError
 from batchgen.store import STATE_FOLDER
 
 if TYPE_CHECKING:
-    from batchgen.job import Job
+    from collections.abc import Mapping
+
+    import pyarrow as pa
+
+    from batchgen.plan import Plan
     from batchgen.spec import Spec
     from batchgen.store import Store
 
 JOB = f"{STATE_FOLDER}/job.json"
 
 
-def claim(job: Job, *, mix: bool) -> None:
-    """Claim the output folder for `job`, or see that it is its own already.
+def claim(
+    spec: Spec,
+    sink: Store,
+    made: Plan,
+    parts: Mapping[str, str],
+    schema: pa.Schema,
+    facts: Mapping[str, str],
+    *,
+    mix: bool,
+) -> None:
+    """Claim the output folder for the job of `spec`, or see that it is its own already.
+
+    `parts` are those that stand there, `facts` what the job notes of itself beside its spec.
 
     Raises:
         OutputConflictError: it holds rows of another job and `mix` does not allow for that, rows with other columns, or
             rows that this job would write again.
         CorruptOutputError: what the folder says of its job cannot be read.
     """
-    columns = [f"{field.name}: {field.type}" for field in job.schema]
-    url = f"{job.output}/{JOB}"
-    mine = {"fingerprint": job.plan.fingerprint, "columns": columns, "rows_per_part": job.spec.checkpoint.rows_per_part}
-    text = json.dumps(mine | job.facts | {"spec": _public(job.spec)}, indent=2).encode()
-    theirs: dict[str, Any] = mine if job.sink.create(url, text) else _stored(job.sink, url)
+    output = spec.output.path.rstrip("/")
+    columns = [f"{field.name}: {field.type}" for field in schema]
+    url = f"{output}/{JOB}"
+    mine = {"fingerprint": made.fingerprint, "columns": columns, "rows_per_part": spec.checkpoint.rows_per_part}
+    text = json.dumps({**mine, **facts, "spec": _public(spec)}, indent=2).encode()
+    theirs: dict[str, Any] = mine if sink.create(url, text) else _stored(sink, url)
     other = any(theirs.get(name) != value for name, value in mine.items())
-    if other and not job.parts and not any(journal.pending(job.sink, job.output).values()):
-        job.sink.put(url, text)  # a submit that never finished a row holds nothing
+    if other and not parts and not any(journal.pending(sink, output).values()):
+        sink.put(url, text)  # a submit that never finished a row holds nothing
         return
     elsewhere = "choose another output.path"
     if theirs.get("columns") != columns:
         found = ", ".join(sorted(set(theirs.get("columns", ())) ^ set(columns))) or "their order"
-        raise OutputConflictError(f"{job.output}: its parts have other columns than this job's ({found}); {elsewhere}")
+        raise OutputConflictError(f"{output}: its parts have other columns than this job's ({found}); {elsewhere}")
     same = theirs.get("fingerprint") == mine["fingerprint"]
     if not same and not mix:
         raise OutputConflictError(
-            f"{job.output}: holds rows of another job, which differs in {_difference(theirs, job)}; {elsewhere}, or "
-            f"--mix to keep both in one folder"
+            f"{output}: holds rows of another job, which differs in {_difference(theirs, spec, facts)}; "
+            f"{elsewhere}, or --mix to keep both in one folder"
         )
     if same and theirs.get("rows_per_part") != mine["rows_per_part"]:
         rows, wanted = theirs.get("rows_per_part"), mine["rows_per_part"]
         raise OutputConflictError(
-            f"{job.output}: its parts hold {rows} rows each; checkpoint.rows_per_part {wanted} would write "
+            f"{output}: its parts hold {rows} rows each; checkpoint.rows_per_part {wanted} would write "
             f"the same rows again; keep {rows}, or {elsewhere}"
         )
-    doubled = plan.strangers(job.sink, job.parts, job.plan)
+    doubled = plan.strangers(sink, parts, made)
     if doubled:
         raise OutputConflictError(
-            f"{job.output}: {len(doubled)} parts could hold rows that this job would write again: "
+            f"{output}: {len(doubled)} parts could hold rows that this job would write again: "
             f"{'; '.join(doubled[:3])}; remove them, or {elsewhere}"
         )
 
@@ -69,12 +85,12 @@ def _stored(sink: Store, url: str) -> dict[str, Any]:
     return facts
 
 
-def _difference(theirs: dict[str, Any], job: Job) -> str:
+def _difference(theirs: dict[str, Any], spec: Spec, facts: Mapping[str, str]) -> str:
     """What makes the fingerprints of two jobs differ, for people."""
     before = plan.asked(theirs["spec"]) if "spec" in theirs else {}
-    differs = [f"{name} ({theirs.get(name)}, now {job.facts[name]})" for name in ("target_identity", "dtype", "engine")
-               if theirs.get(name) != job.facts[name]]  # fmt: skip
-    differs += [name for name, value in plan.asked(_public(job.spec)).items() if before.get(name) != value]
+    differs = [f"{name} ({theirs.get(name)}, now {facts[name]})" for name in ("target_identity", "dtype", "engine")
+               if theirs.get(name) != facts[name]]  # fmt: skip
+    differs += [name for name, value in plan.asked(_public(spec)).items() if before.get(name) != value]
     return ", ".join(differs) or "the chat template"
 
 

@@ -18,7 +18,7 @@ FLOORS = [
     {"store"},
     {"claim", "pii"},
     {"plan", "read", "screen", "render", "generate", "journal", "write", "lease", "tally"},
-    {"engines", "dedupe"},
+    {"engines", "dedupe", "ownership"},
     {"acceptance", "attempt", "desk", "report", "status"},
     {"worker"},
     {"actors"},
