@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 
 # Steps that stand for promises kept before anything was seen; of few rows more, since one row gives a token or five.
 TRUSTED_STEPS, TRUSTED_ROWS = 24, 64
-# What a promise is taken for before: passes are measured once, on shared machines to within a tenth.
-HOPED = 1.08
+# What a promise is taken for before: passes are measured once, on shared machines to within a fifth in bad moments. Of
+# 400 simulated steps this loses 0.3 % where drafting brings 7 % and 0.85 of it are promised (1.08 lost all 7), and
+# 1.5 % where it brings nothing.
+HOPED = 1.2
 # How many times as many steps are remembered. What trying again may cost is in the inverse of it.
 MEMORY = 16
 # The power of what all shapes proved worth that one which was hardly used is taken for: 1 would never try it where a

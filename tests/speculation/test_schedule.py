@@ -201,6 +201,7 @@ def test_rows_near_their_end_repay_less():
     assert schedule.choose(ahead(8, owed, 7)).draft == PLAIN
 
 
+@taken_at_their_word
 def test_prompts_that_keep_arriving_are_paid_for_whole():
     """40,000 tokens, 40 ms, are worth their while once; in every other step they are not."""
     for every, drafts in ((ARRIVAL_STEPS, True), (2, False)):
@@ -310,7 +311,7 @@ def of_a_node(gain):
 @pytest.mark.parametrize(("gives", "share"), [(1.08, 0.7), (0.96, 0.15)])
 def test_what_promises_a_little_less_than_plain_steps_is_tried_and_then_known(gives, share):
     """A measurement in a bad moment would keep drafting from ever being corrected."""
-    schedule, drafted, seconds = of_a_node(0.96), 0, 0.0
+    schedule, drafted, seconds = of_a_node(0.88), 0, 0.0
     for _ in range(1000):
         draft = schedule.next(ahead(8, 8, 500, 0)).draft
         gave = 12 if draft != PLAIN else 8
@@ -367,6 +368,7 @@ class World:
         return float((tokens + others)[best]), float(seconds[best])
 
 
+@taken_at_their_word
 def test_exploring_costs_its_share_and_finds_when_drafting_pays_again():
     per_token = Costs(flat(0.01, 1e-5), flat(1e-3), flat(1e-3, 1e-6))
     world = World(Schedule(per_token), per_token, rows=64)

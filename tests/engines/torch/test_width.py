@@ -125,12 +125,12 @@ def test_rows_verify_as_many_nodes_each_where_that_makes_the_faster_pass(bench, 
     shares = []
     for even in (1.0, 0.5):
         width = Counting(dataclasses.replace(costs(a_node=0.002), even=even))
-        bench.run(bench.engine(width, 8), prompts[:8], Sampling(max_tokens=40))
+        bench.run(bench.engine(width, 8), prompts[:24], Sampling(max_tokens=40))
         alike = [nodes > rows and nodes % rows == 0 for rows, nodes in width.sizes if rows > 4]
         shares.append(sum(alike) / len(alike))
     few, most = shares
-    assert few < 0.5
-    assert most > 0.8
+    assert few < 0.3
+    assert most > 0.7
 
 
 def kept_of_chains(even: float, last: list[float]) -> list[list[bool]]:
