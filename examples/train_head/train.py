@@ -5,10 +5,11 @@
 What follows `--` goes to `speculators train` and wins over what is set here. The head is written to `--to`, as both
 engines load it. `--data` takes exports of the form `speculators-states`. With `--head` training goes on from that head.
 
-Of speculators 0.9 three things are worked around: it insists on an accelerator, which on a CPU is answered by the CPU
-itself; its fused loss and flex attention are for GPUs; and it trains a head in the type that it is stored in. Needs
-`pip install -e ".[train]"`; with a CPU build of torch then also `pip uninstall -y torchvision torchaudio`, which come
-along built for CUDA.
+Of speculators 0.9 four things are worked around: it insists on an accelerator, which on a CPU is answered by the CPU
+itself; its fused loss and flex attention are for GPUs; it trains a head in the type that it is stored in; and it keeps
+the head's projection to the vocabulary as the target has it, which EAGLE-3 trains (arXiv 2503.01840, and SpecForge).
+Needs `pip install -e ".[train]"`; with a CPU build of torch then also `pip uninstall -y torchvision torchaudio`, which
+come along built for CUDA.
 
 What a head learns on new prompts it pays for with some of what it knew of others. `--keep SHARE` mixes that much of the
 weights that it began with into what was trained, which gave the demo's head both (WiSE-FT, arXiv 2109.01903).
@@ -48,6 +49,19 @@ def on_cpu() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 0) or len(os.sched_getaffinity(0)))
 
 
+def train_projection() -> None:
+    """Let the trainer's optimizer have the head's projection to the vocabulary; it begins as the target's."""
+    from speculators.models.eagle3 import Eagle3DraftModel
+
+    load = Eagle3DraftModel.load_verifier_weights
+
+    def load_and_thaw(model: Eagle3DraftModel) -> None:
+        load(model)
+        model.lm_head.weight.requires_grad_(True)
+
+    Eagle3DraftModel.load_verifier_weights = load_and_thaw
+
+
 def joined(sets: list[Path], folder: Path) -> tuple[Path, float]:
     """One set of several exports, and its share to train on: the rows held out of each are the last."""
     if len(sets) == 1:
@@ -76,11 +90,14 @@ def joined(sets: list[Path], folder: Path) -> tuple[Path, float]:
     return made, (sum(len(chosen) for _, _, chosen in learned) + 0.5) / len(rows)
 
 
-def begun(head: Path, folder: Path, target: Path) -> Path:
+def begun(head: Path, folder: Path, target: Path, vocab: int, tokens: dict[int, int]) -> Path:
     """A copy of a head in float32 that has the target's embedding and says where on this machine the target is.
 
     The trainer takes an embedding that a checkpoint lacks for a new one, and draws it; and it trains weights in the
     type they are stored in. In bfloat16 small steps round to nothing, and AdamW's second moments stand still.
+
+    If the head proposes fewer than `vocab` tokens, the most frequent others of `tokens` are added, projected as the
+    target does it.
     """
     config = json.loads((head / "config.json").read_text()) | {"dtype": "float32"}
     config["speculators_config"]["verifier"]["name_or_path"] = str(target)
@@ -88,11 +105,21 @@ def begun(head: Path, folder: Path, target: Path) -> Path:
 
     copy = folder / "begun"
     copy.mkdir()
-    (copy / "config.json").write_text(json.dumps(config))
+    targets = load_model_layers(["embed_tokens.weight", "lm_head.weight"], str(target))
     tensors = load_file(head / "model.safetensors")
-    if "embed_tokens.weight" not in tensors:
-        tensors["embed_tokens.weight"] = load_model_layers(["embed_tokens.weight"], str(target))["embed_tokens.weight"]
+    tensors.setdefault("embed_tokens.weight", targets["embed_tokens.weight"])
     full = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    if vocab > config["draft_vocab_size"]:
+        known = full["t2d"].nonzero().flatten()
+        others = [token for token, _ in Counter(tokens).most_common() if not full["t2d"][token]]
+        full["t2d"][others[: vocab - len(known)]] = True
+        chosen = full["t2d"].nonzero().flatten()  # in the target's order, as the trainer takes the target's logits
+        projection = targets.get("lm_head.weight", targets["embed_tokens.weight"]).float()
+        projection[known] = full["lm_head.weight"]
+        full["lm_head.weight"] = projection[chosen]
+        full["d2t"] = chosen - torch.arange(len(chosen))
+        config["draft_vocab_size"] = len(chosen)
+    (copy / "config.json").write_text(json.dumps(config))
     save_file(full, copy / "model.safetensors", {"format": "pt"})
     return copy
 
@@ -100,7 +127,7 @@ def begun(head: Path, folder: Path, target: Path) -> Path:
 def publish(trained: Path, to: Path, target: str, before: Path | None, keep: float) -> None:
     """Write a trained checkpoint as engines take it, without its copy of the target's embedding.
 
-    `keep` is the share of `before`, the head that it began with, in its weights.
+    `keep` is the share of `before`, what it began as, in its weights.
     """
     config = json.loads((trained / "config.json").read_text())
     tensors = load_file(trained / "model.safetensors")
@@ -122,6 +149,7 @@ def main() -> None:
     options.add_argument("--data", type=Path, required=True, nargs="+", help="exports of the form speculators-states")
     options.add_argument("--to", type=Path, required=True, help="folder for the head")
     options.add_argument("--head", help="a head in speculators format to go on from")
+    options.add_argument("--vocab", type=int, default=8192, help="how many tokens it can propose, or more if it did")
     options.add_argument("--keep", type=float, default=0.0, help="share of its weights in those that are written")
     options.add_argument("trainer", nargs="*", help="further arguments of `speculators train`, after --")
     args = options.parse_args()
@@ -146,20 +174,23 @@ def main() -> None:
             "hidden-states-dtype": "bfloat16" if gpu or multiplies_bfloat16() else "float32",
             "train-data-ratio": train_data_ratio,
         }
-        name, head = args.target, None
+        name, before = args.target, None
         if args.head:
             head = models.fetch(args.head).path
-            settings["from-pretrained"] = begun(head, Path(folder), target.path)
+            tokens = torch.load(data / "token_freq.pt")
+            before = begun(head, Path(folder), target.path, args.vocab, tokens)
+            settings["from-pretrained"] = before
             name = json.loads((head / "config.json").read_text())["speculators_config"]["verifier"]["name_or_path"]
         else:
-            settings["draft-vocab-size"] = 8192
+            settings["draft-vocab-size"] = args.vocab
+        train_projection()
         given = [f"--{name}={value}" for name, value in settings.items()]
         given += [] if args.head else ["--norm-output", "--norm-before-fc", "--no-norm-before-residual"]
         train(TrainConfig.resolve([*given, *([] if gpu else ON_CPU), *args.trainer]))
         epochs = [each for each in Path(folder).iterdir() if each.name.isdigit()]
         if not epochs:
             sys.exit("the training ended before its first epoch; nothing is written")
-        publish(max(epochs, key=lambda each: int(each.name)), args.to, name, head, args.keep)
+        publish(max(epochs, key=lambda each: int(each.name)), args.to, name, before, args.keep)
     print(f"head: {args.to}")
 
 

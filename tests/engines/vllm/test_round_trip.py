@@ -29,13 +29,34 @@ def run(*command: str | Path) -> str:
     return done.stdout + done.stderr
 
 
+def begun(folder: Path, vocab: int, tokens: dict[int, int]) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    """What the trainer is given of the demo's head: tensors and config."""
+    begin = runpy.run_path(str(ROOT / "examples/train_head/train.py"))["begun"]
+    copy = begin(ROOT / "examples/smollm2", folder, models.fetch("demo:smollm2-135m").path, vocab, tokens)
+    return load_file(copy / "model.safetensors"), json.loads((copy / "config.json").read_text())
+
+
 def test_a_head_is_trained_further_in_float32(tmp_path):
     """The trainer trains weights in the type that they are stored in, and in bfloat16 small steps are lost."""
-    begun = runpy.run_path(str(ROOT / "examples/train_head/train.py"))["begun"]
-    copy = begun(ROOT / "examples/smollm2", tmp_path, models.fetch("demo:smollm2-135m").path)
-    tensors = load_file(copy / "model.safetensors")
+    tensors, config = begun(tmp_path, 0, {})
     assert {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()} == {torch.float32}
-    assert json.loads((copy / "config.json").read_text())["dtype"] == "float32"
+    assert config["dtype"] == "float32"
+
+
+def test_a_head_learns_to_propose_more_tokens(tmp_path):
+    old = load_file(ROOT / "examples/smollm2/model.safetensors")
+    known = old["t2d"].nonzero().flatten()
+    rare, frequent, unused = (~old["t2d"]).nonzero().flatten()[[3, 500, 7]].tolist()
+    tokens = {frequent: 9, rare: 2, unused: 1, int(known[0]): 50}
+    tensors, config = begun(tmp_path, len(known) + 2, tokens)
+    chosen = tensors["t2d"].nonzero().flatten()
+    assert sorted(chosen.tolist()) == sorted([*known.tolist(), rare, frequent])
+    assert torch.equal(torch.arange(len(chosen)) + tensors["d2t"], chosen)
+    assert config["draft_vocab_size"] == len(chosen)
+    target = load_file(models.fetch("demo:smollm2-135m").path / "model.safetensors")["model.embed_tokens.weight"]
+    for token, row in zip(chosen.tolist(), tensors["lm_head.weight"], strict=True):
+        expected = target[token] if token in (rare, frequent) else old["lm_head.weight"][known == token][0]
+        assert torch.equal(row, expected.float())
 
 
 def test_a_head_keeps_a_share_of_what_it_was(tmp_path):
@@ -73,11 +94,16 @@ def test_a_head_is_trained_on_a_jobs_rows_and_drafts_on_both_engines(tmp_path):
                    "--ttt-steps=2")  # fmt: skip
         return [float(loss) for loss in re.findall(r"train/loss=([\d.]+)", said)]
 
-    losses = train("first", "--", "--epochs=1", "--draft-vocab-size=2048")
+    losses = train("first", "--vocab", "2048", "--", "--epochs=1")
     assert len(losses) >= 50
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
-    further = train("head", "--head", tmp_path / "first", "--keep", "0.25", "--", "--epochs=1", "--max-steps=10")
+    further = train("head", "--head", tmp_path / "first", "--vocab", "2100", "--keep", "0.25", "--", "--epochs=1",
+                    "--max-steps=10")  # fmt: skip
     assert sum(further) < 0.8 * sum(losses[:10])
+    first, target = (
+        load_file(path / "model.safetensors") for path in (tmp_path / "first", models.fetch("demo:smollm2-135m").path)
+    )
+    assert not torch.equal(first["lm_head.weight"], target["model.embed_tokens.weight"][first["t2d"]]), "it is trained"
     for engine in ("torch", "vllm"):
         few = tmp_path / "few.parquet"
         pl.read_parquet(ROOT / "examples/prompts/train.parquet").head(8).write_parquet(few)
