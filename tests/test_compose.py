@@ -14,22 +14,35 @@ TEXTS = [f"Rivers carry water. In number {i} fishers wait for salmon. Their pati
 
 def composed(folder: Path, seed: int) -> pl.DataFrame:
     pl.DataFrame({"text": [*TEXTS, None]}).write_parquet(folder / "texts.parquet")
-    counts = ["--passages", "30", "--words", "20", "--seed", str(seed), "--to", str(folder / "prompts.parquet")]
+    counts = [
+        "--passages",
+        "30",
+        "--words",
+        "20",
+        "--subjects",
+        "10",
+        "--seed",
+        str(seed),
+        "--to",
+        str(folder / "prompts.parquet"),
+    ]
     command = [sys.executable, str(SCRIPT), str(folder / "texts.parquet"), "--column", "text", *counts]
     subprocess.run(command, check=True)
     return pl.read_parquet(folder / "prompts.parquet")
 
 
 def test_prompts_are_about_the_texts(tmp_path: Path) -> None:
-    table = composed(tmp_path, 1)
-    assert dict(table["category"].value_counts().rows()) == {"passage": 30, "word": 20}
-    assert table["id"].n_unique() == 50
+    table, subjects = composed(tmp_path, 1), SCRIPT.with_name("subjects.txt").read_text().splitlines()
+    assert dict(table["category"].value_counts().rows()) == {"passage": 30, "word": 20, "subject": 10}
+    assert table["id"].n_unique() == 60
     for kind, [message] in table.select("category", "messages").rows():
         assert message["role"] == "user"
         instruction, _, about = message["content"].partition("\n\n")
         assert instruction
         if kind == "passage":
             assert any(about in text for text in TEXTS)
+        elif kind == "subject":
+            assert any(subject in instruction for subject in subjects)
         else:
             assert any(word in instruction for word in ("salmon", "fishers", "number", "patience"))
     assert composed(tmp_path, 1).equals(table)

@@ -1,10 +1,11 @@
 """Prompts of many kinds out of a few texts: what a head has never seen asked, it drafts badly.
 
-    python examples/train_head/compose.py texts.parquet --column text --passages 1500 --words 800 --to prompts.parquet
+    python examples/train_head/compose.py texts.parquet --column text --passages 900 --words 900 --to prompts.parquet
 
-Each prompt is an instruction about a passage of one of the texts, or about words that stand in several of them; both
-are drawn at random, by `--seed`. The table has `id`, `category` (passage or word) and `messages`, as a job file's
-`input` wants them. The target answers, so nothing of the texts' own style is learned: they only bring in subjects.
+Each prompt is an instruction about a passage of one of the texts, about words that stand in several of them, or about a
+subject of `subjects.txt`; all are drawn at random, by `--seed`. The table has `id`, `category` (passage, word or
+subject) and `messages`, as a job file's `input` wants them. The target answers, so nothing of the texts' own style is
+learned: they only bring in what to speak of.
 """
 
 from __future__ import annotations
@@ -103,6 +104,7 @@ ON_WORDS = (
     "What does the law usually say about {a}, and what should I ask a lawyer?",
     "How would you measure {a}? Name units, methods and typical errors.",
 )
+SUBJECTS = Path(__file__).with_name("subjects.txt")
 # Characters of a passage; a sentence that begins within them is kept to its end.
 LENGTHS = (120, 220, 380)
 # In how many of the texts a word stands, and what hardly any thing's name ends with.
@@ -126,6 +128,7 @@ def main() -> None:
     options.add_argument("--column", required=True, help="its column of texts")
     options.add_argument("--passages", type=int, default=0, help="how many prompts about a passage")
     options.add_argument("--words", type=int, default=0, help="how many prompts about words")
+    options.add_argument("--subjects", type=int, default=0, help="how many prompts about a subject")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--to", type=Path, required=True, help="the table of prompts")
     args = options.parse_args()
@@ -137,11 +140,12 @@ def main() -> None:
     def on_passage() -> str:
         return f"{dice.choice(ON_PASSAGE)}\n\n{passage(dice.choice(texts), dice.choice(LENGTHS), dice)}"
 
-    def on_words() -> str:
-        return dice.choice(ON_WORDS).format(a=dice.choice(names), b=dice.choice(names))
+    def on(subjects: list[str]) -> str:
+        return dice.choice(ON_WORDS).format(a=dice.choice(subjects), b=dice.choice(subjects))
 
     asked = [("passage", on_passage()) for _ in range(args.passages)]
-    asked += [("word", on_words()) for _ in range(args.words)]
+    asked += [("word", on(names)) for _ in range(args.words)]
+    asked += [("subject", on(SUBJECTS.read_text().splitlines())) for _ in range(args.subjects)]
     dice.shuffle(asked)
     rows = [
         {"id": f"{args.seed}-{i}", "category": kind, "messages": [{"role": "user", "content": text}]}

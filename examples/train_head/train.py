@@ -5,11 +5,13 @@
 What follows `--` goes to `speculators train` and wins over what is set here. The head is written to `--to`, as both
 engines load it. `--data` takes exports of the form `speculators-states`. With `--head` training goes on from that head.
 
-Of speculators 0.9 four things are worked around: it insists on an accelerator, which on a CPU is answered by the CPU
-itself; its fused loss and flex attention are for GPUs; it trains a head in the type that it is stored in; and it keeps
-the head's projection to the vocabulary as the target has it, which EAGLE-3 trains (arXiv 2503.01840, and SpecForge).
-Needs `pip install -e ".[train]"`; with a CPU build of torch then also `pip uninstall -y torchvision torchaudio`, which
-come along built for CUDA.
+Of speculators 0.9 three things are worked around: it insists on an accelerator, which on a CPU is answered by the CPU
+itself; its fused loss and flex attention are for GPUs; and it trains a head in the type that it is stored in. Needs
+`pip install -e ".[train]"`; with a CPU build of torch then also `pip uninstall -y torchvision torchaudio`, which come
+along built for CUDA.
+
+The projection to the vocabulary stays as the target has it, which is how speculators trains, so `--vocab` can widen
+a head at no cost: new rows are the target's own.
 
 What a head learns on new prompts it pays for with some of what it knew of others. `--keep SHARE` mixes that much of the
 weights that it began with into what was trained, which gave the demo's head both (WiSE-FT, arXiv 2109.01903).
@@ -47,19 +49,6 @@ def on_cpu() -> None:
     torch.cpu.empty_cache = lambda: None
     trainer.get_local_rank = lambda: cpu
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 0) or len(os.sched_getaffinity(0)))
-
-
-def train_projection() -> None:
-    """Let the trainer's optimizer have the head's projection to the vocabulary; it begins as the target's."""
-    from speculators.models.eagle3 import Eagle3DraftModel
-
-    load = Eagle3DraftModel.load_verifier_weights
-
-    def load_and_thaw(model: Eagle3DraftModel) -> None:
-        load(model)
-        model.lm_head.weight.requires_grad_(True)
-
-    Eagle3DraftModel.load_verifier_weights = load_and_thaw
 
 
 def joined(sets: list[Path], folder: Path) -> tuple[Path, float]:
@@ -183,7 +172,6 @@ def main() -> None:
             name = json.loads((head / "config.json").read_text())["speculators_config"]["verifier"]["name_or_path"]
         else:
             settings["draft-vocab-size"] = args.vocab
-        train_projection()
         given = [f"--{name}={value}" for name, value in settings.items()]
         given += [] if args.head else ["--norm-output", "--norm-before-fc", "--no-norm-before-residual"]
         train(TrainConfig.resolve([*given, *([] if gpu else ON_CPU), *args.trainer]))

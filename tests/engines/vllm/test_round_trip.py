@@ -100,10 +100,6 @@ def test_a_head_is_trained_on_a_jobs_rows_and_drafts_on_both_engines(tmp_path):
     further = train("head", "--head", tmp_path / "first", "--vocab", "2100", "--keep", "0.25", "--", "--epochs=1",
                     "--max-steps=10")  # fmt: skip
     assert sum(further) < 0.8 * sum(losses[:10])
-    first, target = (
-        load_file(path / "model.safetensors") for path in (tmp_path / "first", models.fetch("demo:smollm2-135m").path)
-    )
-    assert not torch.equal(first["lm_head.weight"], target["model.embed_tokens.weight"][first["t2d"]]), "it is trained"
     for engine in ("torch", "vllm"):
         few = tmp_path / "few.parquet"
         pl.read_parquet(ROOT / "examples/prompts/train.parquet").head(8).write_parquet(few)
