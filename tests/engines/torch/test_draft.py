@@ -69,7 +69,7 @@ def write_head(folder: Path, fmt: str, flags: dict[str, bool], *, layers: dict |
     if fmt == "safeailab":
         layer = config["transformer_layer_config"]
         layer = {k: v for k, v in layer.items() if k not in ("layer_types", "use_sliding_window", "sliding_window")}
-        flat = {**layer, "architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": 8192}
+        flat = {**layer, "architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": config["draft_vocab_size"]}
         config = flat | flags | (layers or {})
         w = {name.replace("layers.0.", "midlayer."): tensor for name, tensor in w.items()}
     else:
