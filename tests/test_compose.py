@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,19 +15,16 @@ TEXTS = [f"Rivers carry water. In number {i} fishers wait for salmon. Their pati
 
 def composed(folder: Path, seed: int) -> pl.DataFrame:
     pl.DataFrame({"text": [*TEXTS, None]}).write_parquet(folder / "texts.parquet")
-    counts = [
-        "--passages",
-        "30",
-        "--words",
-        "20",
-        "--subjects",
-        "10",
-        "--seed",
-        str(seed),
-        "--to",
-        str(folder / "prompts.parquet"),
-    ]
-    command = [sys.executable, str(SCRIPT), str(folder / "texts.parquet"), "--column", "text", *counts]
+    asked = {
+        "column": "text",
+        "passages": 30,
+        "words": 20,
+        "subjects": 10,
+        "seed": seed,
+        "to": folder / "prompts.parquet",
+    }
+    options = [f"--{name}={value}" for name, value in asked.items()]
+    command = [sys.executable, str(SCRIPT), str(folder / "texts.parquet"), *options]
     subprocess.run(command, check=True)
     return pl.read_parquet(folder / "prompts.parquet")
 
@@ -41,9 +39,9 @@ def test_prompts_are_about_the_texts(tmp_path: Path) -> None:
         assert instruction
         if kind == "passage":
             assert any(about in text for text in TEXTS)
-        elif kind == "subject":
-            assert any(subject in instruction for subject in subjects)
         else:
-            assert any(word in instruction for word in ("salmon", "fishers", "number", "patience"))
+            about_words = any(word in instruction for word in ("salmon", "fishers", "number", "patience"))
+            about_subject = any(re.search(rf"\b{re.escape(subject)}\b", instruction) for subject in subjects)
+            assert (about_words, about_subject) == (kind == "word", kind == "subject"), instruction
     assert composed(tmp_path, 1).equals(table)
     assert not composed(tmp_path, 2).equals(table)

@@ -137,15 +137,17 @@ def main() -> None:
     found = Counter(word for text in texts for word in set(re.findall(r"\b[a-z]{6,13}\b", text)))
     names = sorted(word for word, num in found.items() if num >= SEVERAL and not word.endswith(NOT_NAMES))
 
+    subjects = SUBJECTS.read_text().splitlines()
+
     def on_passage() -> str:
         return f"{dice.choice(ON_PASSAGE)}\n\n{passage(dice.choice(texts), dice.choice(LENGTHS), dice)}"
 
-    def on(subjects: list[str]) -> str:
-        return dice.choice(ON_WORDS).format(a=dice.choice(subjects), b=dice.choice(subjects))
+    def on(words: list[str]) -> str:
+        return dice.choice(ON_WORDS).format(a=dice.choice(words), b=dice.choice(words))
 
     asked = [("passage", on_passage()) for _ in range(args.passages)]
     asked += [("word", on(names)) for _ in range(args.words)]
-    asked += [("subject", on(SUBJECTS.read_text().splitlines())) for _ in range(args.subjects)]
+    asked += [("subject", on(subjects)) for _ in range(args.subjects)]
     dice.shuffle(asked)
     rows = [
         {"id": f"{args.seed}-{i}", "category": kind, "messages": [{"role": "user", "content": text}]}

@@ -150,7 +150,7 @@ def main() -> None:
     options.add_argument("--data", type=Path, required=True, nargs="+", help="exports of the form speculators-states")
     options.add_argument("--to", type=Path, required=True, help="folder for the head")
     options.add_argument("--head", help="a head in speculators format to go on from")
-    options.add_argument("--vocab", type=int, default=8192, help="how many tokens it can propose, or more if it did")
+    options.add_argument("--vocab", type=int, help="how many tokens it can propose (8192; of --head as many as before)")
     options.add_argument("--keep", type=float, default=0.0, help="share of its weights in those that are written")
     options.add_argument("trainer", nargs="*", help="further arguments of `speculators train`, after --")
     args = options.parse_args()
@@ -179,11 +179,11 @@ def main() -> None:
         if args.head:
             head = models.fetch(args.head).path
             tokens = torch.load(data / "token_freq.pt")
-            before = begun(head, Path(folder), target.path, args.vocab, tokens)
+            before = begun(head, Path(folder), target.path, args.vocab or 0, tokens)
             settings["from-pretrained"] = before
             name = json.loads((head / "config.json").read_text())["speculators_config"]["verifier"]["name_or_path"]
         else:
-            settings["draft-vocab-size"] = args.vocab
+            settings["draft-vocab-size"] = args.vocab or 8192
         given = [f"--{name}={value}" for name, value in settings.items()]
         given += [] if args.head else ["--norm-output", "--norm-before-fc", "--no-norm-before-residual"]
         train(TrainConfig.resolve([*given, *([] if gpu else ON_CPU), *args.trainer]))

@@ -322,6 +322,18 @@ def test_what_promises_a_little_less_than_plain_steps_is_tried_and_then_known(gi
     assert seconds / 1000 < 1.01 * 0.02 / 8, "to find out costs little"
 
 
+@pytest.mark.parametrize("rows", [1, 64])
+def test_hope_is_for_drafting_and_not_for_each_shape_in_turn(rows):
+    """A shape that kept its promises is not left for one that promises less and was never tried."""
+    seen = outcomes.Outcomes()
+    assert seen.kept(rows)(Draft(1, 1)) == outcomes.HOPED
+    for _ in range(100):
+        seen.drafted(rows, Draft(1, 1), 1.1, rows, 1 / 1.1, 1.0)
+        kept = seen.kept(rows)
+        assert kept(Draft(1, 1)) == pytest.approx(kept(Draft(2, 1)))
+    assert 1.0 < kept(Draft(1, 1)) < 1.1
+
+
 class World:
     """A job whose costs are as measured and whose drafts are kept with one probability; counts what exploring added."""
 

@@ -41,6 +41,8 @@ def test_a_head_is_trained_further_in_float32(tmp_path):
     tensors, config = begun(tmp_path, 0, {})
     assert {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()} == {torch.float32}
     assert config["dtype"] == "float32"
+    old = load_file(ROOT / "examples/smollm2/model.safetensors")
+    assert torch.equal(tensors["t2d"], old["t2d"]), "it proposes what it did, unless more is asked for"
 
 
 def test_a_head_learns_to_propose_more_tokens(tmp_path):
