@@ -4,7 +4,8 @@
 
 Every mode decodes the same rows, and modes take turns (`results.interleave`): ratios are what to read. The clock
 starts when the target has read the prompts, and stops when the first row ends: until then as many rows run as it says
-(`drained.py` has what follows, where rows end one by one). That the head reads the prompts, too, is a cost of drafting
+(`drained.py` has what follows, where rows end one by one). Rows that the model ends before `--max-tokens` when it decodes
+plainly are left out: one of them would end everyone's turn after a few steps. That the head reads the prompts, too, is a cost of drafting
 and counts, at once in a fixed mode, and in `auto` when it first drafts. All rows are greedy.
 Needs the demo model, the committed head and the committed prompts.
 """
@@ -77,6 +78,18 @@ class Machine:
             for i, (p, n) in enumerate(zip(prompts, lengths, strict=True))
         ]
 
+    def lasting(self, count: int, max_tokens: int) -> list[Request]:
+        """The first `count` rows that the model, decoding plainly, does not end before `max_tokens`."""
+        engine, done = self.engine("plain", 64), []
+        for request in (asked := self.requests(2 * count, [max_tokens])):
+            engine.submit(request)
+        while engine.unfinished:
+            done += engine.step()
+        long = {completion.key for completion in done if len(completion.token_ids) == max_tokens}
+        found = [request for request in asked if request.key in long][:count]
+        assert len(found) == count, f"{len(found)} of {2 * count} rows have {max_tokens} tokens, {count} are needed"
+        return found
+
 
 def fixed_shape(mode: str) -> Shape | None:
     """The tree of `chain-D` or `tree-DxWxN`; None of other modes."""
@@ -132,7 +145,7 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     for rows in map(int, args.rows.split(",")):
         # One row says little: it takes several prompts one after the other.
-        requests = machine.requests(max(rows, 8), [args.max_tokens])
+        requests = machine.lasting(max(rows, 8), args.max_tokens)
         groups = [requests[i : i + rows] for i in range(0, len(requests), rows)]
 
         def turn(mode: str, rows: int = rows, groups: list[list[Request]] = groups) -> dict[str, float]:
