@@ -4,9 +4,9 @@
 
 Every mode decodes the same rows, and modes take turns (`results.interleave`): ratios are what to read. The clock
 starts when the target has read the prompts, and stops when the first row ends: until then as many rows run as it says
-(`drained.py` has what follows, where rows end one by one). Rows that the model ends before `--max-tokens` when it decodes
-plainly are left out: one of them would end everyone's turn after a few steps. That the head reads the prompts, too, is a cost of drafting
-and counts, at once in a fixed mode, and in `auto` when it first drafts. All rows are greedy.
+(`drained.py` has what follows, where rows end one by one). Rows that the model ends before `--max-tokens` when it
+decodes plainly are left out: one of them would end everyone's turn after a few steps. That the head reads the prompts,
+too, is a cost of drafting and counts, at once in a fixed mode, and in `auto` when it first drafts. All rows are greedy.
 Needs the demo model, the committed head and the committed prompts.
 """
 
