@@ -20,7 +20,7 @@ from batchgen.engines.torch.decoder import Decoder
 from batchgen.engines.torch.graphs import Graphs, cuda_graph
 from batchgen.engines.torch.kvcache import Pool, out_of_memory
 from batchgen.engines.torch.layout import Heads, Layout, Tiles
-from batchgen.engines.torch.linear import Weight, compute_dtype, use_weights
+from batchgen.engines.torch.linear import FEW_NUMBERS, Weight, compute_dtype, use_weights
 from batchgen.errors import ModelError
 from batchgen_kernels.tree_attention import Span, tree_attention
 
@@ -120,6 +120,13 @@ class Target:
     def two_bytes(self) -> bool:
         """Whether weights, whatever dtype they are in, hold numbers of a two-byte one."""
         return self.weights_dtype.itemsize == 2
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Packed counts to choose from for passes of decoding rows: of others captures or code are not at hand, () of any."""
+        if self.device.type == "cpu" and self.dtype is torch.bfloat16:
+            return FEW_NUMBERS
+        return self.graphs.sizes
 
     def _choose(self, model: Any, path: Path) -> None:
         """Run on our layers if they give the model's own logits, else on transformers' if those do.

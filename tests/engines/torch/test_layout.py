@@ -53,6 +53,13 @@ def test_tiles_of_any_widths_are_dense_attention(counts, dtype, dice):
     torch.testing.assert_close(found.float(), dense, atol=CLOSE[dtype], rtol=CLOSE[dtype])
 
 
+def test_rows_that_grow_make_products_of_few_shapes():
+    """oneDNN compiles code for each new one."""
+    heads = dataclasses.replace(HEADS, dtype=torch.bfloat16)
+    passes = [Layout.of(Tiles.chains(range(8), [seen] * 8, [1] * 8), [], heads) for seen in range(64, 96)]
+    assert len({block.mask.shape for each in passes for block in each.tiles.blocks}) == 2
+
+
 @pytest.mark.parametrize(("prefix", "num"), [(0, 5), (7, 5), (3, 1)])
 def test_a_mask_that_is_only_named_is_the_same_mask(prefix, num):
     q, k, v = torch.randn(1, 6, num, 8), *torch.randn(2, 1, 2, prefix + num, 8)

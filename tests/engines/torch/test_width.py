@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -17,6 +19,9 @@ from batchgen.speculation.costs import Costs, Table
 from batchgen.speculation.schedule import WARM_STEPS, Ahead
 
 from .conftest import GREEDY, SAMPLED
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def costs(a_node: float, a_level: float = 0.001) -> Costs:
@@ -111,8 +116,8 @@ def test_tokens_do_not_depend_on_what_the_budget_decides(bench, prompts, plain, 
 class Counting(AutoTree):
     """Remembers the rows and nodes of steps that drafted and did not explore; they take what they should."""
 
-    def __init__(self, costs: Costs) -> None:
-        super().__init__(costs)
+    def __init__(self, costs: Costs, sizes: Sequence[int] = ()) -> None:
+        super().__init__(costs, sizes)
         self.sizes: list[tuple[int, int]] = []
 
     def spent(self, step, reached):
@@ -131,6 +136,18 @@ def test_rows_verify_as_many_nodes_each_where_that_makes_the_faster_pass(bench, 
     few, most = shares
     assert few < 0.3
     assert most > 0.7
+
+
+def test_passes_in_bfloat16_have_few_sizes(bench, prompts):
+    """oneDNN compiles code for each new one; where candidates run out it has to."""
+    few = []
+    for sizes in ((), bench.target(torch.bfloat16).sizes):
+        width = Counting(dataclasses.replace(costs(a_node=0.002), even=1.0), sizes)
+        bench.run(bench.engine(width, 20, dtype=torch.bfloat16), prompts[:40], Sampling(max_tokens=40))
+        few.append([nodes % 4 == 0 for rows, nodes in width.sizes if 16 < rows < nodes])
+    any_size, multiples_of_four = (sum(each) / len(each) for each in few)
+    assert any_size < 0.6
+    assert multiples_of_four > 0.8
 
 
 def kept_of_chains(even: float, last: list[float]) -> list[list[bool]]:
@@ -176,6 +193,15 @@ def test_costs_measured_here_rise_with_tokens(bench):
     measured = measure(target, bench.engine(Shape(1, 1, 1), dtype=torch.bfloat16)._draft, 2)
     assert 0 < measured.level(1) < measured.verify(1) < measured.verify(64)
     assert measured.verify(8, context=4000) >= measured.verify(8)
+
+
+def test_no_tree_of_a_measured_pass_is_far_wider_than_the_others(bench, monkeypatch):
+    target, counts = bench.target(torch.float32), []
+    layout = target.layout
+    monkeypatch.setattr(target, "layout", lambda tiles, spans: counts.append(tiles.count_R) or layout(tiles, spans))
+    measure(target, bench.engine(Shape(1, 1, 1))._draft, 8)
+    assert max(len(set(each.tolist())) for each in counts) > 2, "uneven ones are measured"
+    assert all(each.max() < 2 * math.ceil(each.mean()) for each in counts)
 
 
 def test_a_head_that_paused_drafts_as_if_it_had_not(bench):
