@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 # Slots that are read together. With 64 rows of 60 to 320 tokens blocks of 16 read about four fifths of what one does.
 # Products in bfloat16 take a tenth less in blocks of 32, and less than SDPA from 6 slots on.
 BLOCK_SLOTS, BLOCK_SLOTS_BFLOAT16, PRODUCT_SLOTS_BFLOAT16 = 16, 32, 6
-# Columns that products in bfloat16 are rounded up to. For each new shape oneDNN compiles code, 0.2 to 0.3 ms on two Zen 4
-# cores, and it keeps that of 1,024 shapes: lengths that grow in every step would be compiled in every step, and push
-# out what the products with weights need.
+# Columns that products in bfloat16 are rounded up to. For each new shape oneDNN compiles code, 0.2 to 0.3 ms on two
+# Zen 4 cores, and it keeps that of 1,024 shapes: lengths that grow in every step would be compiled in every step, and
+# push out what the products with weights need.
 COLUMNS = 16
 # Products keep all scores, four times over; SDPA, which takes over beyond so many, keeps a part of them.
 MAX_SCORES = 1 << 25
@@ -215,12 +215,13 @@ def _pad(rows: _Rows, tokens: _Tokens, heads: Heads) -> Padded:
         prefix = torch.from_numpy(prefix_S[first:stop])
         by_products = width == 1 if heads.dtype is torch.float32 else stop - first >= PRODUCT_SLOTS_BFLOAT16
         by_products = by_products and (stop - first) * heads.num_heads * width * length <= MAX_SCORES
+        columns = length
         if by_products and heads.dtype is not torch.float32:
-            length += -length % COLUMNS
+            columns += -length % COLUMNS
         window = heads.window if heads.window is not None and heads.window < length else None
-        mask = tile_mask(prefix, bits_ST, position_ST, length, heads.dtype, window)
-        every = (stop - first, heads.num_kv_heads if by_products else 1, group, width, length)
-        mask = mask[:, None, None].expand(every).reshape(*every[:2], group * width, length)
+        mask = tile_mask(prefix, bits_ST, position_ST, columns, heads.dtype, window)
+        every = (stop - first, heads.num_kv_heads if by_products else 1, group, width, columns)
+        mask = mask[:, None, None].expand(every).reshape(*every[:2], group * width, columns)
         mask = mask.flatten(0, 1) if by_products else mask
         blocks.append(Block(first, stop, begin, width, mask))
     in_place = len(token_P) == len(within) and bool((token_P == np.arange(len(token_P))).all())

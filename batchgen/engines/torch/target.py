@@ -123,7 +123,7 @@ class Target:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Packed counts to choose from for passes of decoding rows: of others captures or code are not at hand, () of any."""
+        """Packed counts for passes of decoding rows to choose from, () of any: of these there are captures, or code."""
         if self.device.type == "cpu" and self.dtype is torch.bfloat16:
             return FEW_NUMBERS
         return self.graphs.sizes
