@@ -6,31 +6,28 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import polars as pl
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 SCRIPT = Path(__file__).parents[1] / "examples/train_head/compose.py"
 TEXTS = [f"Rivers carry water. In number {i} fishers wait for salmon. Their patience is large!" for i in range(5)]
 
 
-def composed(folder: Path, seed: int) -> pl.DataFrame:
-    pl.DataFrame({"text": [*TEXTS, None]}).write_parquet(folder / "texts.parquet")
-    asked = {
-        "column": "text",
-        "passages": 30,
-        "words": 20,
-        "subjects": 10,
-        "seed": seed,
-        "to": folder / "prompts.parquet",
-    }
+def composed(folder: Path, seed: int, texts: Sequence[str | None] = (*TEXTS, None), **asked: int) -> pl.DataFrame:
+    pl.DataFrame({"text": texts}, schema={"text": pl.String}).write_parquet(folder / "texts.parquet")
     options = [f"--{name}={value}" for name, value in asked.items()]
-    command = [sys.executable, str(SCRIPT), str(folder / "texts.parquet"), *options]
-    subprocess.run(command, check=True)
+    options += [f"--seed={seed}", f"--to={folder / 'prompts.parquet'}"]
+    subprocess.run([sys.executable, str(SCRIPT), str(folder / "texts.parquet"), *options], check=True)
     return pl.read_parquet(folder / "prompts.parquet")
 
 
 def test_prompts_are_about_the_texts(tmp_path: Path) -> None:
-    table, subjects = composed(tmp_path, 1), SCRIPT.with_name("subjects.txt").read_text().splitlines()
+    kinds = {"passages": 30, "words": 20, "subjects": 10}
+    table, subjects = composed(tmp_path, 1, **kinds), SCRIPT.with_name("subjects.txt").read_text().splitlines()
     assert dict(table["category"].value_counts().rows()) == {"passage": 30, "word": 20, "subject": 10}
     assert table["id"].n_unique() == 60
     for kind, [message] in table.select("category", "messages").rows():
@@ -43,5 +40,15 @@ def test_prompts_are_about_the_texts(tmp_path: Path) -> None:
             about_words = any(word in instruction for word in ("salmon", "fishers", "number", "patience"))
             about_subject = any(re.search(rf"\b{re.escape(subject)}\b", instruction) for subject in subjects)
             assert (about_words, about_subject) == (kind == "word", kind == "subject"), instruction
-    assert composed(tmp_path, 1).equals(table)
-    assert not composed(tmp_path, 2).equals(table)
+    assert composed(tmp_path, 1, **kinds).equals(table)
+    assert not composed(tmp_path, 2, **kinds).equals(table)
+
+
+def test_what_the_target_lists_is_asked(tmp_path: Path) -> None:
+    """Items that are too short, or that the end of the answer cut off, are no questions."""
+    lists = composed(tmp_path, 1, lists=5)
+    assert lists["category"].to_list() == ["list"] * 5
+    questions = ["How do plants use the light of the sun?", "What is the difference between xylem and phloem?"]
+    answer = f"Here are four:\n\n1. **{questions[0]}**\n2. Why so?\n* {questions[1]}\n4. Explain in your own words wh"
+    table = composed(tmp_path, 1, [answer, answer, None], listed=5)
+    assert sorted(message["content"] for [message] in table["messages"]) == questions

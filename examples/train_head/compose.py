@@ -1,11 +1,14 @@
 """Prompts of many kinds out of a few texts: what a head has never seen asked, it drafts badly.
 
     python examples/train_head/compose.py texts.parquet --column text --passages 900 --words 900 --to prompts.parquet
+    python examples/train_head/compose.py --lists 900 --to lists.parquet
+    python examples/train_head/compose.py 'lists/*.parquet' --column completion --listed 4000 --to prompts.parquet
 
 Each prompt is an instruction about a passage of one of the texts, about words that stand in several of them, or about a
-subject of `subjects.txt`; all are drawn at random, by `--seed`. The table has `id`, `category` (passage, word or
-subject) and `messages`, as a job file's `input` wants them. The target answers, so nothing of the texts' own style is
-learned: they only bring in what to speak of.
+subject of `subjects.txt`; all are drawn at random, by `--seed`. Or the target asks itself: what answers to `--lists`
+list, is asked by `--listed` (as in Self-Instruct, arXiv 2212.10560; sample them at a temperature of 0.8 or so). The
+table has `id`, `category` (passage, word, subject, list or listed) and `messages`, as a job file's `input` wants them.
+The target answers, so nothing of the texts' own style is learned: they only bring in what to speak of.
 """
 
 from __future__ import annotations
@@ -104,6 +107,16 @@ ON_WORDS = (
     "What does the law usually say about {a}, and what should I ask a lawyer?",
     "How would you measure {a}? Name units, methods and typical errors.",
 )
+LISTS = (
+    "Write five exam questions about {a}, from easy to hard, one per line, without answers.",
+    "Write five detailed requests that people send to an assistant about {a}, one per line.",
+    "Write five questions of two or three sentences each about {a}, numbered. Name persons, places or numbers in them.",
+    "Write five problems with numbers that have to do with {a}, one per line, without solutions.",
+    "Write five writing tasks about {a}, one per line: an essay, a letter, a story, a speech and a review.",
+    "Write five instructions for an expert on {a}, one per line. Each asks for an explanation and an example.",
+)
+# An item of a numbered or dotted list: long enough to be asked, and ended, so that the last one is not a cut-off one.
+ITEM = re.compile(r"^\s*(?:\d+[.)]|[-*•])\s+(.{25,400}[.?!])[\"*]*\s*$", re.MULTILINE)
 SUBJECTS = Path(__file__).with_name("subjects.txt")
 # Characters of a passage; a sentence that begins within them is kept to its end.
 LENGTHS = (120, 220, 380)
@@ -122,18 +135,30 @@ def passage(text: str, length: int, dice: random.Random) -> str:
     return chosen[: 2 * length]
 
 
+def listed(texts: list[str], num: int, dice: random.Random) -> list[str]:
+    """`num` different items of the lists in `texts`, or all where there are fewer."""
+    items = sorted({item.strip('*"\u201c\u201d ') for text in texts for item in ITEM.findall(text)})
+    return dice.sample(items, min(num, len(items)))
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("texts", help="a Parquet table")
-    options.add_argument("--column", required=True, help="its column of texts")
+    options.add_argument("texts", nargs="?", help="a Parquet table; lists and subjects need none")
+    options.add_argument("--column", default="text", help="its column of texts")
     options.add_argument("--passages", type=int, default=0, help="how many prompts about a passage")
     options.add_argument("--words", type=int, default=0, help="how many prompts about words")
     options.add_argument("--subjects", type=int, default=0, help="how many prompts about a subject")
+    options.add_argument("--lists", type=int, default=0, help="how many prompts for lists of questions about a subject")
+    options.add_argument(
+        "--listed", type=int, default=0, help="how many of the prompts that the texts, such lists, have"
+    )
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--to", type=Path, required=True, help="the table of prompts")
     args = options.parse_args()
     dice = random.Random(args.seed)  # noqa: S311  # no secret
-    texts = [text for text in pl.read_parquet(args.texts)[args.column].to_list() if text]
+    if args.texts is None and (args.passages or args.words or args.listed):
+        options.error("passages, words and listed prompts come from texts: name a Parquet table of them")
+    texts = [text for text in pl.read_parquet(args.texts)[args.column].to_list() if text] if args.texts else []
     found = Counter(word for text in texts for word in set(re.findall(r"\b[a-z]{6,13}\b", text)))
     names = sorted(word for word, num in found.items() if num >= SEVERAL and not word.endswith(NOT_NAMES))
 
@@ -148,6 +173,8 @@ def main() -> None:
     asked = [("passage", on_passage()) for _ in range(args.passages)]
     asked += [("word", on(names)) for _ in range(args.words)]
     asked += [("subject", on(subjects)) for _ in range(args.subjects)]
+    asked += [("list", dice.choice(LISTS).format(a=dice.choice(subjects))) for _ in range(args.lists)]
+    asked += [("listed", item) for item in listed(texts, args.listed, dice)]
     dice.shuffle(asked)
     rows = [
         {"id": f"{args.seed}-{i}", "category": kind, "messages": [{"role": "user", "content": text}]}
