@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 _GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 # Context of each row for the grid, and the longer one that tells what context costs.
 _SHORT, _LONG = 64, 512
-# Prompt tokens that the head catches up on, and of each prompt. To go on with the slope of the last points of the grid
-# would not do: of two durations that differ by a few milliseconds noise takes a third.
-_CATCH_UP, _PROMPT = 512, 128
+# Prompt tokens that the head catches up on. To go on with the slope of the last points of the grid would not do: of two
+# durations that differ by a few milliseconds noise takes a third.
+_CATCH_UP = (512, 1024)
 # Levels of which one is the mean.
 _LEVELS = 3
 
@@ -39,8 +39,8 @@ def measure(target: Target, draft: Draft, batch_size: int) -> Costs:
     width = MAX_NODES + _LONG
     while batch_size > 8 and pool.num_bytes(batch_size, width) > free_bytes(target.device) // 2:
         batch_size //= 2
-    for each in (pool, draft_pool):
-        each.resize(batch_size, width)
+    for each, length in ((pool, width), (draft_pool, max(width, -(-_CATCH_UP[-1] // batch_size)))):
+        each.resize(batch_size, length)
         for stored in (each.k, each.v):
             stored.fill_(0.5)  # pages that were never written would all be read from one
     blank = torch.zeros(0, dtype=target.dtype, device=target.device)
@@ -52,13 +52,12 @@ def measure(target: Target, draft: Draft, batch_size: int) -> Costs:
         target.verify(ids, layout, pool)[2].max(-1).indices.tolist()
 
     def extend(tokens: int, context: int) -> None:
-        tiles, spans = None, []
-        if tokens > grid[-1]:
-            prompts = min(batch_size, tokens // _PROMPT)
-            ends = [round(tokens * i / prompts) for i in range(prompts + 1)]
+        tiles, spans, counts = None, [], _evenly(tokens, batch_size)
+        if counts[0] > MAX_NODES:
+            ends = list(itertools.accumulate(counts, initial=0))
             spans = [Span(start, stop, slot, 0) for slot, (start, stop) in enumerate(itertools.pairwise(ends))]
         else:
-            tiles = _chains(_evenly(tokens, batch_size), context)
+            tiles = _chains(counts, context)
         features = blank.new_zeros(tokens, draft.feature_width)
         out = draft.extend(torch.arange(tokens, device=target.device), features, tiles, spans, draft_pool)
         draft.top(out, 2)[1].tolist()
@@ -85,7 +84,7 @@ def measure(target: Target, draft: Draft, batch_size: int) -> Costs:
         pairs = zip(seconds[::2], seconds[1::2], strict=True)
         return _table(points, [(deep - shallow) / _LEVELS for shallow, deep in pairs], batch_size)
 
-    catch_up = [_CATCH_UP] if grid[-1] < _CATCH_UP else []
+    catch_up = [tokens for tokens in _CATCH_UP if tokens > grid[-1]]
     costs = Costs(
         verify=table(verify, lambda: None),
         level=levels(),

@@ -228,18 +228,20 @@ class AutoTree:
         self._throughput.seen(step.rows, step.tokens, seconds / self._unit_s(step.rows, step.context))
         taken = step.draft_s + step.verify_s
         self._schedule.spent(taken)
-        # Trees of steps that explore are like no others, and take longer; a capture takes longer than many passes.
-        if self._exploring or step.captures:
+        if step.captures:  # which takes longer than many passes
             return
-        if drafted is not None:
+        # What exploring steps draft is like nothing else; their pass of the target still tells how fast the machine is,
+        # and at first they alone do.
+        if drafted is not None and not self._exploring:
             ratio = step.draft_s / (extend_s + sum(levels_s))
             self.costs.extend.refine(drafted.extend_tokens, step.context, extend_s * ratio, RATE)
             if levels_s:
                 self.costs.level.refine(self._levels[0], step.context, levels_s[0] * ratio, RATE)
         if step.mixed:  # its seconds are the prompts' as well
             return
-        draft = PLAIN if drafted is None else Draft(drafted.shape.depth, drafted.shape.width, drafted.shape.floor)
-        self._schedule.timed(draft, step.tokens, taken)
+        if not self._exploring:
+            draft = PLAIN if drafted is None else Draft(drafted.shape.depth, drafted.shape.width, drafted.shape.floor)
+            self._schedule.timed(draft, step.tokens, taken)
         self.costs.refine_verify(step.nodes, step.context, step.verify_s, even=self._even)
 
     def _unit_s(self, rows: int, context: int) -> float:

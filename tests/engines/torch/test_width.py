@@ -13,7 +13,7 @@ import torch
 from batchgen.engines.torch.engine import TorchEngine
 from batchgen.engines.torch.forest import Candidates, Shape
 from batchgen.engines.torch.measure import measure
-from batchgen.engines.torch.width import AutoTree, FixedTree, Step
+from batchgen.engines.torch.width import AutoTree, Drafted, FixedTree, Step
 from batchgen.record import Request, Sampling
 from batchgen.speculation.costs import Costs, Table
 from batchgen.speculation.schedule import WARM_STEPS, Ahead
@@ -150,8 +150,15 @@ def test_passes_in_bfloat16_have_few_sizes(bench, prompts):
     assert multiples_of_four > 0.8
 
 
+def chains(last: list[float]) -> Candidates:
+    """A chain of three in each row, whose last token has these probabilities."""
+    logp = torch.tensor([[0.95, 0.9, each] for each in last]).log()
+    depth = torch.arange(1, 4).expand(len(last), -1)
+    return Candidates(logp.cumsum(1), logp, torch.zeros_like(depth), depth, depth - 2, depth)
+
+
 def kept_of_chains(even: float, last: list[float]) -> list[list[bool]]:
-    """What is verified of a chain of three in each row, whose last token has these probabilities."""
+    """What is verified of `chains`."""
     rows = len(last)
     width = AutoTree(dataclasses.replace(costs(a_node=0.005), even=even))
     ahead = Ahead(100 * rows, [1] * rows, [0] * rows, 0)  # near their ends, so that no step explores
@@ -159,10 +166,7 @@ def kept_of_chains(even: float, last: list[float]) -> list[list[bool]]:
         width.plan(ahead)
         width.spent(Step(rows, 100 * rows, rows, rows, 0.0, 0.03 + 0.005 * rows, False, False, None), None)
     width.plan(ahead)
-    logp = torch.tensor([[0.95, 0.9, each] for each in last]).log()
-    depth = torch.arange(1, 4).expand(rows, -1)
-    chain = Candidates(logp.cumsum(1), logp, torch.zeros_like(depth), depth, depth - 2, depth)
-    return width.keep(chain, torch.full((rows,), 9), Shape(3, 1, 3), ahead).tolist()
+    return width.keep(chains(last), torch.full((rows,), 9), Shape(3, 1, 3), ahead).tolist()
 
 
 @pytest.mark.parametrize("captures", [False, True])
@@ -172,6 +176,17 @@ def test_a_step_that_captures_graphs_teaches_nothing_of_what_passes_cost(capture
     width.plan(Ahead(400, [1] * 4, [0] * 4, 0))
     width.spent(Step(4, 400, 4, 4, 0.0, 3 * before, False, captures, None), None)
     assert (width.costs.verify(4) == before) == captures
+
+
+def test_steps_that_explore_tell_how_fast_the_machine_is():
+    """A job begins with some of these, and whether drafting pays is judged by the clock they set."""
+    width = AutoTree(costs(a_node=0.005))
+    before = width.costs.verify(8)
+    shape, rows = width.plan(Ahead(400, [1] * 4, [9] * 4, 0))
+    assert shape.depth > 1, "it explores"
+    drafted = Drafted(shape, rows, 4, chains([0.5] * 4))
+    width.spent(Step(4, 400, 8, 6, 0.1, 2 * before, False, False, drafted), None)
+    assert 1.05 * before < width.costs.verify(8) < 2 * before
 
 
 def test_one_row_is_not_one_of_even_rows():
@@ -193,6 +208,8 @@ def test_costs_measured_here_rise_with_tokens(bench):
     measured = measure(target, bench.engine(Shape(1, 1, 1), dtype=torch.bfloat16)._draft, 2)
     assert 0 < measured.level(1) < measured.verify(1) < measured.verify(64)
     assert measured.verify(8, context=4000) >= measured.verify(8)
+    # In passes of 1,024 at most.
+    assert measured.extend(4096) > 2 * measured.extend(1024)
 
 
 def test_no_tree_of_a_measured_pass_is_far_wider_than_the_others(bench, monkeypatch):
