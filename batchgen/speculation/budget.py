@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
 
 
 # Nodes of each row that are tried as even trees.
@@ -28,7 +28,7 @@ def select(
     *,
     num_roots: int,
     row_cap: int,
-    sizes: Sequence[int],
+    sizes: ArrayLike,
     cost: Callable[[NDArray[np.int64]], NDArray[np.float64]],
     throughput: float | None,
 ) -> NDArray[np.bool_]:
@@ -36,11 +36,11 @@ def select(
 
     `path` float32 [B, P] is the calibrated probability that each candidate is kept; parents stand left of their
     children and are at least as likely; what may not be used is 0. `num_roots` is how many rows the pass holds: these
-    and those that drafted nothing. `row_cap` bounds each row's nodes. `sizes` are
-    the packed node counts, roots included, that passes are padded to: a pass pays for its whole size, and the chosen
-    one is filled as far as there are candidates; empty permits every count. Where none holds the roots, nothing is
-    chosen. `cost` is the seconds of passes over packed counts, `throughput` in tokens per second; None takes the best
-    ratio of this step alone, and `cost` must then be of the whole step.
+    and those that drafted nothing. `row_cap` bounds each row's nodes. `sizes` are, rising, the packed node counts, roots
+    included, that passes are padded to: a pass pays for its whole size, and the chosen one is filled as far as there are
+    candidates; empty permits every count. Where none holds the roots, nothing is chosen. `cost` is the seconds of passes
+    over packed counts, `throughput` in tokens per second; None takes the best ratio of this step alone, and `cost` must
+    then be of the whole step.
     """
     num_rows, num_candidates = path.shape
     if num_candidates > row_cap:
@@ -49,11 +49,14 @@ def select(
     falling = np.sort(path, axis=None)[::-1]
     falling = falling[: np.count_nonzero(falling > 0)]
     gains = num_roots + np.concatenate([[0.0], np.cumsum(falling, dtype=np.float64)])
-    packed = np.array([size for size in sizes if size >= num_roots], np.int64)
-    if not sizes:
+    packed = np.asarray(sizes, np.int64)
+    if not len(packed):
         packed = num_roots + np.arange(len(gains), dtype=np.int64)
-    elif not len(packed):
+    elif packed[-1] < num_roots:
         packed = np.array([num_roots], np.int64)
+    else:  # beyond the first that holds all candidates they only cost more
+        first, last = np.searchsorted(packed, (num_roots, num_roots + len(falling)))
+        packed = packed[first : last + 1]
     num_nodes = np.minimum(packed - num_roots, len(falling))
     seconds = cost(packed)
     if throughput is None:

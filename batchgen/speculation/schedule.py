@@ -40,7 +40,7 @@ ARRIVAL_STEPS = 128
 # Seconds of catching up on what is paid once, as a share of a step's, beyond which it tells little about its shape.
 MAX_DEBT = 0.1
 # What the plain steps may cost that are taken beside drafting ones, and the least number of steps between two.
-PLAIN_SHARE, PLAIN_EVERY = 0.005, 8
+PLAIN_SHARE, PLAIN_EVERY = 0.003, 8
 EXPLORE_SHARE = 0.005
 # Steps between two explorations, and for which forecasts stand where nothing was explored.
 EXPLORE_STEPS, FORECAST_STEPS = 32, 64

@@ -131,7 +131,7 @@ class AutoTree:
 
     def __init__(self, costs: Costs, sizes: Sequence[int] = (), *, stops_early: bool = False) -> None:
         self.costs = costs
-        self._sizes = sizes
+        self._sizes = np.array(sizes, np.int64)
         self._calibration = Calibration()
         self._schedule = Schedule(costs, SHAPES + STOPPING if stops_early else SHAPES)
         self._throughput = Throughput()
