@@ -36,11 +36,11 @@ def select(
 
     `path` float32 [B, P] is the calibrated probability that each candidate is kept; parents stand left of their
     children and are at least as likely; what may not be used is 0. `num_roots` is how many rows the pass holds: these
-    and those that drafted nothing. `row_cap` bounds each row's nodes. `sizes` are, rising, the packed node counts, roots
-    included, that passes are padded to: a pass pays for its whole size, and the chosen one is filled as far as there are
-    candidates; empty permits every count. Where none holds the roots, nothing is chosen. `cost` is the seconds of passes
-    over packed counts, `throughput` in tokens per second; None takes the best ratio of this step alone, and `cost` must
-    then be of the whole step.
+    and those that drafted nothing. `row_cap` bounds each row's nodes. `sizes` are the packed node counts, roots
+    included, rising, that passes are padded to: a pass pays for its whole size, and the chosen one is filled as far as
+    there are candidates; empty permits every count. Where none holds the roots, nothing is chosen. `cost` is the
+    seconds of passes over packed counts, `throughput` in tokens per second; None takes the best ratio of this step
+    alone, and `cost` must then be of the whole step.
     """
     num_rows, num_candidates = path.shape
     if num_candidates > row_cap:
