@@ -66,7 +66,7 @@ class Machine:
         """What decides for `rows` rows, with what it has learned: a job decodes for hours, a turn for seconds."""
         if rows not in self._auto:
             costs, on_cpu = measure(self.target, self.draft, rows), self.target.device.type == "cpu"
-            self._auto[rows] = AutoTree(costs, self.target.sizes, stops_early=on_cpu)
+            self._auto[rows] = AutoTree(costs, self.target.pass_sizes, stops_early=on_cpu)
         return self._auto[rows]
 
     def requests(self, count: int, max_tokens: Sequence[int]) -> list[Request]:

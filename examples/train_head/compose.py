@@ -149,9 +149,7 @@ def main() -> None:
     options.add_argument("--words", type=int, default=0, help="how many prompts about words")
     options.add_argument("--subjects", type=int, default=0, help="how many prompts about a subject")
     options.add_argument("--lists", type=int, default=0, help="how many prompts for lists of questions about a subject")
-    options.add_argument(
-        "--listed", type=int, default=0, help="how many of the prompts that the texts, such lists, have"
-    )
+    options.add_argument("--listed", type=int, default=0, help="how many of the questions that the texts list")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--to", type=Path, required=True, help="the table of prompts")
     args = options.parse_args()

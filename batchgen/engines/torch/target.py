@@ -122,7 +122,7 @@ class Target:
         return self.weights_dtype.itemsize == 2
 
     @property
-    def sizes(self) -> tuple[int, ...]:
+    def pass_sizes(self) -> tuple[int, ...]:
         """Packed counts for passes of decoding rows to choose from, () of any: of these there are captures, or code."""
         if self.device.type == "cpu" and self.dtype is torch.bfloat16:
             return FEW_NUMBERS

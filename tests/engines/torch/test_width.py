@@ -141,7 +141,7 @@ def test_rows_verify_as_many_nodes_each_where_that_makes_the_faster_pass(bench, 
 def test_passes_in_bfloat16_have_few_sizes(bench, prompts):
     """oneDNN compiles code for each new one; where candidates run out it has to."""
     few = []
-    for sizes in ((), bench.target(torch.bfloat16).sizes):
+    for sizes in ((), bench.target(torch.bfloat16).pass_sizes):
         width = Counting(dataclasses.replace(costs(a_node=0.002), even=1.0), sizes)
         bench.run(bench.engine(width, 20, dtype=torch.bfloat16), prompts[:40], Sampling(max_tokens=40))
         few.append([nodes % 4 == 0 for rows, nodes in width.sizes if 16 < rows < nodes])
