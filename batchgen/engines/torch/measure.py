@@ -59,7 +59,8 @@ def measure(target: Target, draft: Draft, batch_size: int) -> Costs:
         else:
             tiles = _chains(counts, context)
         features = blank.new_zeros(tokens, draft.feature_width)
-        out = draft.extend(torch.arange(tokens, device=target.device), features, tiles, spans, draft_pool)
+        ids = torch.arange(tokens, device=target.device) % len(draft.embedding)
+        out = draft.extend(ids, features, tiles, spans, draft_pool)
         draft.top(out, 2)[1].tolist()
 
     def grow(tokens: int, context: int, depth: int) -> None:
