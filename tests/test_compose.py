@@ -49,6 +49,7 @@ def test_what_the_target_lists_is_asked(tmp_path: Path) -> None:
     lists = composed(tmp_path, 1, lists=5)
     assert lists["category"].to_list() == ["list"] * 5
     questions = ["How do plants use the light of the sun?", "What is the difference between xylem and phloem?"]
-    answer = f"Here are four:\n\n1. **{questions[0]}**\n2. Why so?\n* {questions[1]}\n4. Explain in your own words wh"
+    items = [f"1. \u201c{questions[0]}\u201d", "2. Why so?", f"* **{questions[1]}**", "4. Explain in your own words wh"]
+    answer = "\n".join(["Here are four:\n", *items])
     table = composed(tmp_path, 1, [answer, answer, None], listed=5)
     assert sorted(message["content"] for [message] in table["messages"]) == questions

@@ -116,7 +116,7 @@ LISTS = (
     "Write five instructions for an expert on {a}, one per line. Each asks for an explanation and an example.",
 )
 # An item of a numbered or dotted list: long enough to be asked, and ended, so that the last one is not a cut-off one.
-ITEM = re.compile(r"^\s*(?:\d+[.)]|[-*•])\s+(.{25,400}[.?!])[\"*]*\s*$", re.MULTILINE)
+ITEM = re.compile(r"^\s*(?:\d+[.)]|[-*•])\s+(.{25,400}[.?!])[\"\u201d*]*\s*$", re.MULTILINE)
 SUBJECTS = Path(__file__).with_name("subjects.txt")
 # Characters of a passage; a sentence that begins within them is kept to its end.
 LENGTHS = (120, 220, 380)
