@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from numpy.typing import ArrayLike, NDArray
 
@@ -73,11 +73,9 @@ def select(
     return chosen.reshape(num_candidates, num_rows).T
 
 
-def even(path: NDArray[np.float32]) -> Iterator[NDArray[np.bool_]]:
-    """The 1, 2, .. `MOST_EVEN` likeliest of each row's candidates, `path` as in `select`; what it has, where fewer."""
-    rank = np.where(path > 0, _rank_in_row(path), MOST_EVEN)
-    for num_nodes in range(1, MOST_EVEN + 1):
-        yield rank < num_nodes
+def even(path: NDArray[np.float32], num_nodes: int) -> NDArray[np.bool_]:
+    """The `num_nodes` likeliest of each row's candidates, `path` as in `select`; what it has, where fewer."""
+    return np.where(path > 0, _rank_in_row(path), num_nodes) < num_nodes
 
 
 def best_ratio(gains: NDArray[np.float64], seconds: NDArray[np.float64]) -> float:

@@ -195,14 +195,17 @@ class AutoTree:
         self, path: NDArray[np.float32], uneven: NDArray[np.bool_], throughput: float, context: int
     ) -> NDArray[np.bool_]:
         """`uneven`, or as many nodes of each row where that is worth more: rows that are alike make a faster pass."""
-        best, rows = uneven, len(path)
-        gain = float(path[uneven].sum()) - throughput * self.costs.verify(rows + int(uneven.sum()), context)
-        for chosen in budget.even(path):
-            seconds = self.costs.even * self.costs.verify(rows + int(chosen.sum()), context)
-            found = float(path[chosen].sum()) - throughput * seconds
+        rows, num_uneven = len(path), int(np.count_nonzero(uneven))
+        gain = float(path[uneven].sum()) - throughput * self.costs.verify(rows + num_uneven, context)
+        likeliest, num_even = np.sort(path, axis=1)[:, : -budget.MOST_EVEN - 1 : -1], 0
+        for num_nodes in range(1, likeliest.shape[1] + 1):
+            column = likeliest[:, :num_nodes]
+            seconds = self.costs.even * self.costs.verify(rows + int(np.count_nonzero(column)), context)
+            found = float(column.sum()) - throughput * seconds
             if found > gain:
-                best, gain, self._even = chosen, found, True
-        return best
+                gain, num_even = found, num_nodes
+        self._even = num_even > 0
+        return budget.even(path, num_even) if num_even else uneven
 
     def spent(self, step: Step, reached: Reached | None) -> None:
         """See `Width`."""
