@@ -296,7 +296,8 @@ def _costs(folder: Path, key: str, target: Target, draft: Draft, batch_size: int
 
     found = load_costs(folder, key)
     if found is None:
-        found = measure(target, draft, batch_size)
-        with contextlib.suppress(OSError):  # a read-only home costs a measurement, not a job
-            save_costs(folder, key, found)
+        found, undisturbed = measure(target, draft, batch_size)
+        if undisturbed:
+            with contextlib.suppress(OSError):  # a read-only home costs a measurement, not a job
+                save_costs(folder, key, found)
     return found

@@ -6,6 +6,7 @@ not there. Floor 2, standard library and numpy only, so that planning loads no t
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import hashlib
 import json
@@ -32,6 +33,8 @@ RATE = 0.025
 MAX_RATIO = 3.0
 # Tokens that no pass has; up to there the last slope goes on.
 FAR = 1e9
+# Refining multiplies, and what is nothing would stay so.
+_LEAST_S = 1e-9
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -51,31 +54,36 @@ class Table:
     """
 
     def __init__(self, tokens: Sequence[int], seconds: Sequence[float], per_context_token: float = 0.0) -> None:
-        self._tokens = np.array(tokens, np.float64)
-        self._seconds = np.array(seconds, np.float64)
-        self._per_context_token = float(per_context_token)
-        if self._tokens.ndim != 1 or self._tokens.shape != self._seconds.shape or not len(self._tokens):
+        self._tokens = [float(each) for each in tokens]
+        if not self._tokens or len(self._tokens) != len(seconds):
             raise ValueError("a table needs one duration for each of at least one count of tokens")
         if not (np.diff(self._tokens, prepend=0) >= 1).all():
             raise ValueError("counts of tokens must increase from 1 or more")
-        if not (np.isfinite([*self._tokens, *self._seconds]).all() and 0 <= self._per_context_token < np.inf):
+        if not (np.isfinite([*self._tokens, *seconds]).all() and 0 <= per_context_token < np.inf):
             raise ValueError("durations must be finite, and context must not make a pass faster")
-        self._set(self._seconds)
-
-    def _set(self, seconds: NDArray[np.float64]) -> None:
-        # A nanosecond at least: `refine` multiplies.
-        self._seconds = np.maximum.accumulate(np.maximum(seconds, 1e-9))
-        before = (0.0, 0.0) if len(seconds) == 1 else (self._tokens[-2], self._seconds[-2])
-        slope = (self._seconds[-1] - before[1]) / (self._tokens[-1] - before[0])
-        self._x = np.append(self._tokens, FAR)
-        self._y = np.append(self._seconds, self._seconds[-1] + slope * (FAR - self._tokens[-1]))
+        # What is learned in every step: lists of few points and one factor are faster to change than arrays.
+        self._seconds = [float(each) for each in np.maximum.accumulate(np.maximum(seconds, _LEAST_S))]
+        self._per_context_token, self._factor = float(per_context_token), 1.0
+        self._lines: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
 
     def __call__(self, tokens: N, context: int = 0) -> N:
         """Seconds of a pass over `tokens`, or of one pass for each; no pass, no time."""
-        seconds = np.interp(tokens, self._x, self._y) + self._per_context_token * context
+        more = self._per_context_token * context
         if isinstance(tokens, np.ndarray):
-            return np.where(tokens > 0, seconds, 0.0)
-        return float(seconds) if tokens > 0 else 0.0
+            if self._lines is None:
+                self._lines = np.array([*self._tokens, FAR]), np.array([*self._seconds, self._bare(FAR)])
+            return np.where(tokens > 0, self._factor * (np.interp(tokens, *self._lines) + more), 0.0)
+        return self._factor * (self._bare(tokens) + more) if tokens > 0 else 0.0
+
+    def _bare(self, tokens: float) -> float:
+        """Seconds by the points as they stand."""
+        place = bisect.bisect_left(self._tokens, tokens)
+        if place == 0:
+            return self._seconds[0]
+        high = min(place, len(self._tokens) - 1)
+        x, y = (self._tokens[high - 1], self._seconds[high - 1]) if high else (0.0, 0.0)
+        slope = (self._seconds[high] - y) / (self._tokens[high] - x)
+        return self._seconds[high] + slope * (tokens - self._tokens[high])
 
     def refine(self, tokens: int, context: int, seconds: float, drift: float = DRIFT) -> float:
         """Learn from a pass that was timed: move all points toward it by `drift`, and those beside `tokens` further.
@@ -84,30 +92,39 @@ class Table:
         """
         if tokens <= 0:
             return 1.0
-        ratio = bounded(seconds / self(tokens, context))
-        share = np.zeros_like(self._seconds)
-        if tokens > self._tokens[-1]:
-            share[-2:] = 1.0  # both, so that the slope beyond them scales too
+        ratio, last = bounded(seconds / self(tokens, context)), len(self._tokens) - 1
+        high = min(bisect.bisect_left(self._tokens, tokens), last)
+        low = max(high - 1, 0)
+        if tokens > self._tokens[last]:
+            share = {low: 1.0, high: 1.0}  # so that the slope beyond them scales too
+        elif low == high:
+            share = {high: 1.0}
         else:
-            place = float(np.interp(tokens, self._tokens, np.arange(len(share))))
-            low = int(place)
-            share[min(low + 1, len(share) - 1)] = place - low
-            share[low] = 1.0 - (place - low)
-        moved = self._seconds * ratio ** (drift + RATE * share)
+            place = (tokens - self._tokens[low]) / (self._tokens[high] - self._tokens[low])
+            share = {low: 1.0 - place, high: place}
+        for point, weight in share.items():
+            self._seconds[point] = max(self._seconds[point] * ratio ** (RATE * weight), _LEAST_S)
         # What is now out of order is further from the measurement than the points it moved: they carry it along.
-        self._set(moved if ratio > 1 else np.minimum.accumulate(moved[::-1])[::-1])
+        if ratio > 1:
+            for point in range(low + 1, last + 1):
+                self._seconds[point] = max(self._seconds[point - 1 : point + 1])
+        else:
+            for point in range(high - 1, -1, -1):
+                self._seconds[point] = min(self._seconds[point : point + 2])
+        self._lines = None
+        self.scale(ratio**drift)
         return float(ratio**drift)
 
     def scale(self, factor: float) -> None:
-        """Take every pass to last `factor` times as long."""
-        self._set(self._seconds * factor)
+        """Take every pass to last `factor` times as long, and what context adds too: it is a part of it."""
+        self._factor = max(self._factor * factor, _LEAST_S)
 
     def as_json(self) -> dict[str, Any]:
         """The arguments that make this table."""
         return {
-            "tokens": self._tokens.astype(int).tolist(),
-            "seconds": self._seconds.tolist(),
-            "per_context_token": self._per_context_token,
+            "tokens": [int(each) for each in self._tokens],
+            "seconds": [self._factor * each for each in self._seconds],
+            "per_context_token": self._factor * self._per_context_token,
         }
 
 

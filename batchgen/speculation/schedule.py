@@ -39,8 +39,11 @@ REPAY_STEPS = 64
 ARRIVAL_STEPS = 128
 # Seconds of catching up on what is paid once, as a share of a step's, beyond which it tells little about its shape.
 MAX_DEBT = 0.1
-# What the plain steps may cost that are taken beside drafting ones, and the least number of steps between two.
+# What the plain steps may cost that are taken beside drafting ones, and the least number of steps between two. At first
+# no more are left between them, and after each twice as many.
 PLAIN_SHARE, PLAIN_EVERY = 0.003, 8
+# How many times as fast as foretold a plain step is a surprise, and followed by another.
+SURPRISE = 1.5
 EXPLORE_SHARE = 0.005
 # Steps between two explorations, and for which forecasts stand where nothing was explored.
 EXPLORE_STEPS, FORECAST_STEPS = 32, 64
@@ -143,6 +146,7 @@ class Schedule:
         self._outcomes = Outcomes()
         # What the last step started from, what it was promised, and drafting steps since a plain one.
         self._ahead, self._promised, self._drafted = Ahead(0, [], [], 0), _NOTHING, 0
+        self._until_plain = PLAIN_EVERY  # as many as it takes to be sure of the costs
         self._forecasts: dict[tuple[object, ...], tuple[dict[Draft, Promise], int]] = {}
         self._choices = self._num_recorded = 0
         self._allowance_s, self._since, self._arriving = 0.0, EXPLORE_STEPS, 0.0
@@ -165,8 +169,9 @@ class Schedule:
             return exploration
         chosen = self._promised.draft
         # A plain step among drafting ones loses what those gain.
-        if self._drafted >= max(PLAIN_EVERY, (1 - 1 / self._promised.worth) / PLAIN_SHARE):
-            chosen = PLAIN
+        affordable = max(PLAIN_EVERY, (1 - 1 / self._promised.worth) / PLAIN_SHARE)
+        if self._drafted >= min(affordable, self._until_plain):
+            chosen, self._until_plain = PLAIN, max(PLAIN_EVERY, 2 * self._until_plain)
         self._drafted = 0 if chosen == PLAIN else self._drafted + 1
         return Plan(chosen, range(ahead.rows), explores=False)
 
@@ -203,6 +208,8 @@ class Schedule:
         ahead, promise, extend = self._ahead, self._promised, self._costs.extend
         plain_s = self._plain_s(ahead)
         if draft == PLAIN:
+            if SURPRISE * seconds < plain_s * self._outcomes.slower(ahead.rows):
+                self._until_plain = 0
             self._outcomes.plain(ahead.rows, seconds, plain_s)
             return
         debt = extend(sum(ahead.pending), ahead.context) - extend(promise.fed, ahead.context)  # which is paid once

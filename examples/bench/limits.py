@@ -187,7 +187,7 @@ def main() -> None:
     ]
     oracle: dict[int, float] = {}
     for rows in map(int, args.rows.split(",")):
-        costs = measure(machine.target, machine.draft, rows)
+        costs, _ = measure(machine.target, machine.draft, rows)
         found = limits(costs, texts, rows, rows * args.context)
         oracle[rows] = float(found["oracle"])
         results.append({"rows": rows} | found)

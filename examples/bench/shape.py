@@ -180,7 +180,7 @@ class Machine:
         width: Shape | AutoTree | None = fixed_shape(mode)
         if mode == "auto":
             if rows not in self._auto:
-                costs, on_cpu = measure(self.target, self.draft, rows), self.target.device.type == "cpu"
+                (costs, _), on_cpu = measure(self.target, self.draft, rows), self.target.device.type == "cpu"
                 self._auto[rows] = AutoTree(costs, self.target.pass_sizes, stops_early=on_cpu)
             width = self._auto[rows]
         draft = None if width is None else self.draft

@@ -65,7 +65,7 @@ class Machine:
     def auto(self, rows: int) -> AutoTree:
         """What decides for `rows` rows, with what it has learned: a job decodes for hours, a turn for seconds."""
         if rows not in self._auto:
-            costs, on_cpu = measure(self.target, self.draft, rows), self.target.device.type == "cpu"
+            (costs, _), on_cpu = measure(self.target, self.draft, rows), self.target.device.type == "cpu"
             self._auto[rows] = AutoTree(costs, self.target.pass_sizes, stops_early=on_cpu)
         return self._auto[rows]
 

@@ -96,6 +96,16 @@ def test_a_table_converges_to_the_true_cost_under_noise(wrong):
     assert np.abs(table(num, 1000) / true(num) - 1).mean() < 0.04
 
 
+def test_context_that_was_measured_far_too_dear_is_corrected_with_the_rest():
+    """It kept promising that plain passes take ten times as long as they do."""
+    table = Table([64, 128], [0.05, 0.1], per_context_token=1e-4)
+    for _ in range(30):
+        table.refine(64, 10_000, 0.1)
+    assert table(64, 10_000) == pytest.approx(0.1, rel=0.05)
+    table.scale(2.0)
+    assert table(64, 10_000) == pytest.approx(0.2, rel=0.05)
+
+
 def test_a_step_is_the_sum_of_its_passes():
     step = Costs(Table([1, 100], [1.0, 100.0]), Table([1, 100], [0.1, 10.0]), Table([1, 100], [0.01, 1.0]))
     full = {"rows": 2, "extend_tokens": 3, "level_tokens": [4, 8], "context": 0}

@@ -286,6 +286,25 @@ def test_steps_that_catch_up_on_much_judge_no_shape():
     assert schedule.choose(ahead(8, 8, 500, 1000)).worth == pytest.approx(before, rel=0.05)
 
 
+def test_costs_measured_in_a_bad_moment_do_not_keep_a_job_from_plain_steps():
+    """Of costs measured beside a busy process: all counts of nodes at one price, so every tree is as good as free."""
+    rows, true_s = 64, flat(0.02, 1e-3)
+    per_token = Costs(Table([1, 256], [0.02, 0.02], 8e-5), flat(1e-3), flat(1e-3, 1e-6))
+    schedule = Schedule(per_token)
+    drafted = []
+    for step in range(400):
+        plan = schedule.next(ahead(rows, rows, 500, 10_000))
+        if plan.explores:
+            schedule.record(*pools(step, rows, 4, 6))
+        nodes, tokens = (rows, rows) if plan.draft == PLAIN else (30 * rows, 2.5 * rows)
+        seconds = true_s(nodes)
+        if not plan.explores:
+            schedule.timed(plan.draft, tokens, seconds)
+            drafted.append(plan.draft != PLAIN)
+        per_token.refine_verify(nodes, 10_000, seconds)
+    assert sum(drafted[50:]) < 0.2 * len(drafted[50:])
+
+
 def test_plain_steps_stand_among_drafting_ones_the_more_the_less_these_gain():
     few, _ = live(promising(), {Draft(1, 1): 1.0, Draft(2, 1): 3.0}, 1000)
     many, _ = live(promising(), {Draft(1, 1): 1.0, Draft(2, 1): 1.15}, 1000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import resource
 import time
 from typing import TYPE_CHECKING
 
@@ -30,10 +31,20 @@ _SHORT, _LONG = 64, 512
 _CATCH_UP = (512, 1024)
 # Levels of which one is the mean.
 _LEVELS = 3
+# Turns in which each point is timed, and in how many it has to be undisturbed; the most turns, and the share of points
+# that may still lack those. Beside one busy process every pass took 8 times as long, waiting for a thread that waited
+# for its core, and costs measured so had a job draft at a third of its speed.
+_TURNS, _MOST_TURNS, _LACKING = 3, 9, 0.1
+# The most that the context of the grid may be taken to be of any of its passes: what it costs is told by one point.
+_MOST_CONTEXT = 0.5
 
 
-def measure(target: Target, draft: Draft, batch_size: int) -> Costs:
-    """Seconds of the target's pass, a draft level and the draft's catch-up, for up to four nodes a row."""
+def measure(target: Target, draft: Draft, batch_size: int) -> tuple[Costs, bool]:
+    """Seconds of the target's pass, a draft level and the draft's catch-up, for up to four nodes a row.
+
+    And whether that was undisturbed by other processes: if not, it is better than nothing, but not to be kept.
+    """
+    clock = Clock()
     batch_size = min(batch_size, _GRID[-1])
     pool, draft_pool = target.pool(), draft.pool()
     width = MAX_NODES + _LONG
@@ -75,13 +86,13 @@ def measure(target: Target, draft: Draft, batch_size: int) -> Costs:
 
     def table(run: Callable[[int, int], None], before: Callable[[], None], more: Sequence[int] = ()) -> Table:
         points = _points([*(grid if run is verify else grid[::2]), *more], batch_size)
-        return _table(points, _seconds(run, points, before), batch_size)
+        return _table(points, clock.seconds(run, points, before), batch_size)
 
     def levels() -> Table:
         # A level takes longer than the head's pass in it: its children are ranked, and the next level laid out.
         points = _points([n for n in grid[::2] if n <= 4 * batch_size and n % min(n, batch_size) == 0], batch_size)
         depths = (1, 1 + _LEVELS)
-        seconds = _seconds(grow, [(*point, depth) for point in points for depth in depths], after_target)
+        seconds = clock.seconds(grow, [(*point, depth) for point in points for depth in depths], after_target)
         pairs = zip(seconds[::2], seconds[1::2], strict=True)
         return _table(points, [(deep - shallow) / _LEVELS for shallow, deep in pairs], batch_size)
 
@@ -91,18 +102,18 @@ def measure(target: Target, draft: Draft, batch_size: int) -> Costs:
         level=levels(),
         extend=table(extend, after_target, catch_up),
         # On a GPU passes are padded to sizes, and our kernel takes ragged rows as they are.
-        even=_even(verify, batch_size) if batch_size > 1 and target.device.type == "cpu" else 1.0,
+        even=_even(clock, verify, batch_size) if batch_size > 1 and target.device.type == "cpu" else 1.0,
     )
     if target.device.type == "cuda":
         del pool, draft_pool
         torch.cuda.empty_cache()  # or the job would take these pools' memory for used
-    return costs
+    return costs, clock.undisturbed
 
 
-def _even(verify: Callable[..., None], batch_size: int) -> float:
+def _even(clock: Clock, verify: Callable[..., None], batch_size: int) -> float:
     """Seconds of a pass over rows of two nodes each, as a share of one over uneven rows."""
     ways = (_spent, _evenly)
-    uneven_s, even_s = _seconds(lambda way: verify(2 * batch_size, _SHORT, ways[way]), [(0,), (1,)], lambda: None)
+    uneven_s, even_s = clock.seconds(lambda way: verify(2 * batch_size, _SHORT, ways[way]), [(0,), (1,)], lambda: None)
     return min(1.0, even_s / uneven_s)
 
 
@@ -117,6 +128,8 @@ def _table(points: Sequence[tuple[int, int]], seconds: Sequence[float], batch_si
     *short, longer = seconds
     tokens = [n for n, _ in grid]
     per_context_token = max(0.0, (longer - short[tokens.index(alone)]) / (alone * (_LONG - _SHORT)))
+    all_of_it = min(s / (min(n, batch_size) * _SHORT) for n, s in zip(tokens, short, strict=True))
+    per_context_token = min(per_context_token, _MOST_CONTEXT * all_of_it)
     bare = [s - per_context_token * min(n, batch_size) * _SHORT for n, s in zip(tokens, short, strict=True)]
     return Table(tokens, [max(s, 1e-6) for s in bare], per_context_token)
 
@@ -144,18 +157,36 @@ def _chains(counts: Sequence[int], context: int) -> Tiles:
     return Tiles.chains(range(len(counts)), [context] * len(counts), counts)
 
 
-def _seconds(run: Callable[..., None], points: Sequence[tuple[int, ...]], before: Callable[[], None]) -> list[float]:
-    """The fastest of three at each point, each after `before`; and after one that pays for first use.
+class Clock:
+    """Times passes; `undisturbed` while nearly all of them had the machine to themselves."""
 
-    Points take turns: what counts is how they differ, and a machine's speed drifts.
-    """
-    taken = []
-    for _ in range(4):
-        turn = []
-        for point in points:
-            before()
-            began = time.perf_counter()
-            run(*point)
-            turn.append(time.perf_counter() - began)
-        taken.append(turn)
-    return [min(each[1:]) for each in zip(*taken, strict=True)]
+    def __init__(self) -> None:
+        self.undisturbed = True
+
+    def seconds(
+        self, run: Callable[..., None], points: Sequence[tuple[int, ...]], before: Callable[[], None]
+    ) -> list[float]:
+        """The fastest undisturbed time at each point, each after `before`; and after one that pays for first use.
+
+        Points take turns: what counts is how they differ, and a machine's speed drifts.
+        """
+        clean: list[list[float]] = [[] for _ in points]
+        disturbed: list[list[float]] = [[] for _ in points]
+        for turn in range(1 + _MOST_TURNS):
+            for i, point in enumerate(points):
+                before()
+                preempted, began = _preempted(), time.perf_counter()
+                run(*point)
+                seconds = time.perf_counter() - began
+                if turn:
+                    (clean if _preempted() == preempted else disturbed)[i].append(seconds)
+            lacking = sum(len(times) < _TURNS for times in clean) > _LACKING * len(points)
+            if turn >= _TURNS and not lacking:
+                break
+        self.undisturbed &= not lacking
+        return [min(times or others) for times, others in zip(clean, disturbed, strict=True)]
+
+
+def _preempted() -> int:
+    """How often another process took a core from this one."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import random
+import subprocess
+import sys
+import time
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +18,7 @@ import torch
 from batchgen.engines.torch.engine import TorchEngine
 from batchgen.engines.torch.forest import Candidates, Shape
 from batchgen.engines.torch.linear import FEW_NUMBERS
-from batchgen.engines.torch.measure import measure
+from batchgen.engines.torch.measure import Clock, measure
 from batchgen.engines.torch.width import AutoTree, Drafted, FixedTree, Step
 from batchgen.record import Request, Sampling
 from batchgen.speculation.costs import Costs, Table
@@ -209,9 +214,44 @@ def test_nothing_is_drafted_where_a_node_costs_more_than_it_brings(bench, prompt
 
 def test_costs_measured_here_rise_with_tokens(bench):
     target = bench.target(torch.bfloat16)
-    measured = measure(target, bench.engine(Shape(1, 1, 1), dtype=torch.bfloat16)._draft, 2)
+    measured, _ = measure(target, bench.engine(Shape(1, 1, 1), dtype=torch.bfloat16)._draft, 2)
     assert 0 < measured.level(1) < measured.verify(1) < measured.verify(64)
     assert measured.verify(8, context=4000) >= measured.verify(8)
+
+
+@pytest.mark.parametrize(("clean", "undisturbed"), [(2 / 3, True), (0, False)], ids=["now and then", "always"])
+def test_passes_that_another_process_disturbed_do_not_count(monkeypatch, clean, undisturbed):
+    preempted, dice = [0], random.Random(0)
+
+    def run(num_ms):
+        time.sleep(num_ms / 1000)
+        if dice.random() >= clean:
+            time.sleep(0.01)
+            preempted[0] += 1
+
+    monkeypatch.setattr("batchgen.engines.torch.measure._preempted", lambda: preempted[0])
+    clock = Clock()
+    seconds = clock.seconds(run, [(1,), (2,), (3,)], lambda: None)
+    assert clock.undisturbed is undisturbed
+    assert (max(seconds) < 0.01) is undisturbed
+
+
+def test_a_process_that_wants_the_same_core_is_noticed():
+    def run():
+        ends = time.process_time() + 0.03
+        while time.process_time() < ends:
+            pass
+
+    cores, clock = os.sched_getaffinity(0), Clock()
+    os.sched_setaffinity(0, {min(cores)})
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])  # on the same core
+    try:
+        clock.seconds(run, [()], lambda: None)
+    finally:
+        busy.kill()
+        busy.wait()
+        os.sched_setaffinity(0, cores)
+    assert not clock.undisturbed
 
 
 def test_measured_passes_are_like_those_of_steps(bench, monkeypatch):
