@@ -107,6 +107,92 @@ ON_WORDS = (
     "What does the law usually say about {a}, and what should I ask a lawyer?",
     "How would you measure {a}? Name units, methods and typical errors.",
 )
+# A task about a subject is a setting, a request and what else is wanted, so that hardly two are alike.
+SETTINGS = (
+    "I am preparing for an exam.",
+    "We discuss this in class tomorrow.",
+    "A child asked me about this, and I had no good answer.",
+    "You are a tutor for first-year students.",
+    "You are a guide in a museum.",
+    "You are an engineer who speaks to the public.",
+    "Act as an experienced editor.",
+    "Pretend that you lived three hundred years ago.",
+    "Imagine you are being interviewed on the radio.",
+    "Assume the role of a patient teacher.",
+    "Speak as a sceptic would.",
+    "I work in a small company and know little about this.",
+    "My audience are experts.",
+    "Suppose that we have ten minutes.",
+    "Here is a question that came up at dinner.",
+)
+REQUESTS = (
+    "What is {a}, and which parts or steps does it consist of?",
+    "Which laws or principles lie behind {a}?",
+    "Describe what happens in {a} from beginning to end.",
+    "How was {a} first understood?",
+    "What role does {a} play in {b}?",
+    "What causes {a}, and what follows from it?",
+    "Explain the relation between {a} and {b}.",
+    "In the study of {a}, which terms are the most important ones? Define them.",
+    "How can {a} be recognized, and how can it be measured?",
+    "Which problems does {a} solve, and which does it create?",
+    "Discuss the significance of {a} in the twentieth century.",
+    "What would change if there were no {a}?",
+    "Outline the main theories of {a} and how they differ.",
+    "Give an overview of {a} for somebody who knows {b}.",
+    "Why is {a} so often confused with {b}?",
+    "Which of the two matters more, {a} or {b}, and why?",
+    "Name three well-known examples of {a} and say what they have in common.",
+    "Walk me through a typical problem about {a} and its solution.",
+    "What do critics say about {a}, and are they right?",
+    "How has {a} changed over time?",
+    "Summarize what is known about {a}.",
+    "Which factors should one consider when deciding about {a}?",
+    "How are {a} and {b} treated differently in different countries?",
+    "Develop a plan for a research project on {a}.",
+    "Write an engaging introduction to a chapter about {a}.",
+    "Write a short scene in which somebody explains {a}.",
+    "Compose a few lines of verse about {a}.",
+    "Draft a letter to a friend about {a}.",
+    "Write a review of a book about {a}.",
+    "Describe a character whose life is changed by {a}.",
+    "Write a headline and the first paragraph of an article about {a}.",
+    "Suggest a metaphor for {a} and explain it.",
+    "Prepare five quiz questions about {a} with short answers.",
+    "Sort these into groups and justify your choice: {a}, {b}, {c}.",
+    "Fill a table with one row each for {a}, {b} and {c}: what it is, who uses it, what it costs.",
+    "Someone claims that {a} is the same as {b}. Refute or support the claim.",
+    "If {a} is needed for {b}, and there is no {b}, what can we conclude about {a}? Explain the logic.",
+    "A group of {n} people wants to learn about {a}, each in {m} hours. How should they divide the work?",
+    "One book about {a} costs {n} dollars, and one about {b} costs {m} dollars. What do three of each cost?",
+    "Implement a small program that has to do with {a}, and describe how it works.",
+)
+WISHES = (
+    "Who described it first, and when?",
+    "Give one example from everyday life.",
+    "Which assumptions does your answer rest on?",
+    "What follows from that in practice?",
+    "Use no more than two paragraphs.",
+    "Include numbers and units where you can.",
+    "Answer as a numbered list.",
+    "End with a question to the reader.",
+    "Begin with a definition.",
+    "Use simple words only.",
+    "Mention at least one exception.",
+    "Name the persons who matter here.",
+    "Be specific and avoid general phrases.",
+    "Add a short conclusion.",
+    "How certain is this?",
+    "Compare with what people believed before.",
+    "Write about two hundred words.",
+    "Use technical terms and define each.",
+    "What are the limits of this?",
+    "Make it vivid, with details for the senses.",
+    "Keep it formal.",
+    "Use headings.",
+    "Think step by step.",
+    "What should I read next?",
+)
 LISTS = (
     "Write five exam questions about {a}, from easy to hard, one per line, without answers.",
     "Write five detailed requests that people send to an assistant about {a}, one per line.",
@@ -118,6 +204,8 @@ LISTS = (
 # An item of a numbered or dotted list: long enough to be asked, and ended, so that the last one is not a cut-off one.
 ITEM = re.compile(r"^\s*(?:\d+[.)]|[-*•])\s+(.{25,400}[.?!])[\"\u201d*]*\s*$", re.MULTILINE)
 SUBJECTS = Path(__file__).with_name("subjects.txt")
+# Shares of tasks that have a setting, and that want something else.
+HOW_MANY = (0.3, 0.7)
 # Characters of a passage; a sentence that begins within them is kept to its end.
 LENGTHS = (120, 220, 380)
 # In how many of the texts a word stands, and what hardly any thing's name ends with.
@@ -148,6 +236,7 @@ def main() -> None:
     options.add_argument("--passages", type=int, default=0, help="how many prompts about a passage")
     options.add_argument("--words", type=int, default=0, help="how many prompts about words")
     options.add_argument("--subjects", type=int, default=0, help="how many prompts about a subject")
+    options.add_argument("--tasks", type=int, default=0, help="how many tasks about subjects, put together of parts")
     options.add_argument("--lists", type=int, default=0, help="how many prompts for lists of questions about a subject")
     options.add_argument("--listed", type=int, default=0, help="how many of the questions that the texts list")
     options.add_argument("--seed", type=int, default=0)
@@ -165,12 +254,20 @@ def main() -> None:
     def on_passage() -> str:
         return f"{dice.choice(ON_PASSAGE)}\n\n{passage(dice.choice(texts), dice.choice(LENGTHS), dice)}"
 
-    def on(words: list[str]) -> str:
-        return dice.choice(ON_WORDS).format(a=dice.choice(words), b=dice.choice(words))
+    def on(words: list[str], asked: tuple[str, ...] = ON_WORDS) -> str:
+        a, b, c = dice.sample(words, 3)
+        return dice.choice(asked).format(a=a, b=b, c=c, n=dice.randrange(3, 60), m=dice.randrange(2, 20))
+
+    def task() -> str:
+        parts = [dice.choice(SETTINGS)] if dice.random() < HOW_MANY[0] else []
+        parts.append(on(subjects, REQUESTS))
+        parts += [dice.choice(WISHES)] if dice.random() < HOW_MANY[1] else []
+        return " ".join(parts)
 
     asked = [("passage", on_passage()) for _ in range(args.passages)]
     asked += [("word", on(names)) for _ in range(args.words)]
     asked += [("subject", on(subjects)) for _ in range(args.subjects)]
+    asked += [("task", task()) for _ in range(args.tasks)]
     asked += [("list", dice.choice(LISTS).format(a=dice.choice(subjects))) for _ in range(args.lists)]
     asked += [("listed", item) for item in listed(texts, args.listed, dice)]
     dice.shuffle(asked)

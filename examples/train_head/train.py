@@ -37,6 +37,9 @@ from batchgen.engines.torch.linear import multiplies_bfloat16
 
 # Attention over dense masks takes memory by the square of what is packed together; longer rows are cut.
 ON_CPU = ["--draft-attn-impl=sdpa", "--loss-implementation=eager", "--num-workers=1", "--total-seq-len=1024"]
+# Times that a token which a head proposes counts as seen beside those in a set, where tokens are exchanged: half of
+# the answers of a round chose best for the other half so.
+HELD = 1.5
 # Of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
@@ -91,14 +94,14 @@ def joined(sets: list[Path], folder: Path) -> tuple[Path, float]:
     return made, (sum(len(chosen) for _, _, chosen in learned) + 0.5) / len(rows)
 
 
-def begun(head: Path, folder: Path, target: Path, vocab: int, tokens: dict[int, int]) -> Path:
+def begun(head: Path, folder: Path, target: Path, tokens: dict[int, int], vocab: int | None, *, exchange: bool) -> Path:
     """A copy of a head in float32 that has the target's embedding and says where on this machine the target is.
 
     The trainer takes an embedding that a checkpoint lacks for a new one, and draws it; and it trains weights in the
     type they are stored in. In bfloat16 small steps round to nothing, and AdamW's second moments stand still.
 
-    If the head proposes fewer than `vocab` tokens, the most frequent others of `tokens` are added, projected as the
-    target does it.
+    If the head proposes fewer than `vocab` tokens, the most frequent others of `tokens` are added; with `exchange` some
+    also take the place of those that it proposes, but `tokens` lacks. They are projected as the target does it.
     """
     config = json.loads((head / "config.json").read_text()) | {"dtype": "float32"}
     config["speculators_config"]["verifier"]["name_or_path"] = str(target)
@@ -110,16 +113,19 @@ def begun(head: Path, folder: Path, target: Path, vocab: int, tokens: dict[int, 
     tensors = load_file(head / "model.safetensors")
     tensors.setdefault("embed_tokens.weight", targets["embed_tokens.weight"])
     full = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-    if vocab > config["draft_vocab_size"]:
-        known = full["t2d"].nonzero().flatten()
-        others = [token for token, _ in Counter(tokens).most_common() if not full["t2d"][token]]
-        full["t2d"][others[: vocab - len(known)]] = True
-        chosen = full["t2d"].nonzero().flatten()  # in the target's order, as the trainer takes the target's logits
+    size = max(vocab or 0, config["draft_vocab_size"])
+    if exchange or size > config["draft_vocab_size"]:
         projection = targets.get("lm_head.weight", targets["embed_tokens.weight"]).float()
-        projection[known] = full["lm_head.weight"]
+        projection[full["t2d"]] = full["lm_head.weight"]
+        worth = torch.zeros(len(projection))
+        worth[list(tokens)] = torch.tensor(list(tokens.values()), dtype=torch.float32)
+        worth[full["t2d"]] += HELD if exchange else torch.inf
+        # In the target's order, as the trainer takes the target's logits.
+        chosen = worth.argsort(descending=True, stable=True)[:size].sort().values
+        full["t2d"] = torch.zeros_like(full["t2d"]).index_fill(0, chosen, 1)
         full["lm_head.weight"] = projection[chosen]
-        full["d2t"] = chosen - torch.arange(len(chosen))
-        config["draft_vocab_size"] = len(chosen)
+        full["d2t"] = chosen - torch.arange(size)
+        config["draft_vocab_size"] = size
     (copy / "config.json").write_text(json.dumps(config))
     save_file(full, copy / "model.safetensors", {"format": "pt"})
     return copy
@@ -151,6 +157,7 @@ def main() -> None:
     options.add_argument("--to", type=Path, required=True, help="folder for the head")
     options.add_argument("--head", help="a head in speculators format to go on from")
     options.add_argument("--vocab", type=int, help="how many tokens it can propose (8192; of --head as many as before)")
+    options.add_argument("--exchange", action="store_true", help="let frequent tokens replace some that the set lacks")
     options.add_argument("--keep", type=float, default=0.0, help="share of its weights in those that are written")
     options.add_argument("trainer", nargs="*", help="further arguments of `speculators train`, after --")
     args = options.parse_args()
@@ -179,7 +186,7 @@ def main() -> None:
         if args.head:
             head = models.fetch(args.head).path
             tokens = torch.load(data / "token_freq.pt")
-            before = begun(head, Path(folder), target.path, args.vocab or 0, tokens)
+            before = begun(head, Path(folder), target.path, tokens, args.vocab, exchange=args.exchange)
             settings["from-pretrained"] = before
             name = json.loads((head / "config.json").read_text())["speculators_config"]["verifier"]["name_or_path"]
         else:
