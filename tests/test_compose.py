@@ -44,12 +44,25 @@ def test_prompts_are_about_the_texts(tmp_path: Path) -> None:
     assert not composed(tmp_path, 2, **kinds).equals(table)
 
 
+def test_tasks_are_put_together_of_parts(tmp_path: Path) -> None:
+    table, subjects = composed(tmp_path, 1, tasks=300), SCRIPT.with_name("subjects.txt").read_text().splitlines()
+    tasks = [message["content"] for [message] in table["messages"]]
+    assert set(table["category"]) == {"task"}
+    assert len(set(tasks)) == 300
+    assert all(any(subject in task for subject in subjects) for task in tasks)
+    assert not any("{" in task for task in tasks)
+    sentences = [len(re.findall(r"[.?](?= |$)", task)) for task in tasks]
+    assert min(sentences) == 1, "a request alone"
+    assert sum(num >= 3 for num in sentences) > 30, "a setting, a request and a wish"
+
+
 def test_what_the_target_lists_is_asked(tmp_path: Path) -> None:
-    """Items that are too short, or that the end of the answer cut off, are no questions."""
+    """Items that are too short, that the end of the answer cut off, or that ask for nothing, are no questions."""
     lists = composed(tmp_path, 1, lists=5)
     assert lists["category"].to_list() == ["list"] * 5
     questions = ["How do plants use the light of the sun?", "What is the difference between xylem and phloem?"]
     items = [f"1. \u201c{questions[0]}\u201d", "2. Why so?", f"* **{questions[1]}**", "4. Explain in your own words wh"]
+    items += ["5. The moon orbits the earth in a circle.", "6. Write a letter about [a subject of your choice]."]
     answer = "\n".join(["Here are four:\n", *items])
     table = composed(tmp_path, 1, [answer, answer, None], listed=5)
     assert sorted(message["content"] for [message] in table["messages"]) == questions

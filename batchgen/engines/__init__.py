@@ -297,7 +297,9 @@ def _costs(folder: Path, key: str, target: Target, draft: Draft, batch_size: int
     found = load_costs(folder, key)
     if found is None:
         found, undisturbed = measure(target, draft, batch_size)
-        if undisturbed:
-            with contextlib.suppress(OSError):  # a read-only home costs a measurement, not a job
-                save_costs(folder, key, found)
+        if not undisturbed:
+            log.warning("other processes took cores while passes were measured: trees may be chosen worse for a while")
+            return found
+        with contextlib.suppress(OSError):  # a read-only home costs a measurement, not a job
+            save_costs(folder, key, found)
     return found

@@ -5,9 +5,10 @@
     python examples/train_head/compose.py 'lists/*.parquet' --column completion --listed 4000 --to prompts.parquet
 
 Each prompt is an instruction about a passage of one of the texts, about words that stand in several of them, or about a
-subject of `subjects.txt`; all are drawn at random, by `--seed`. Or the target asks itself: what answers to `--lists`
-list, is asked by `--listed` (as in Self-Instruct, arXiv 2212.10560; sample them at a temperature of 0.8 or so). The
-table has `id`, `category` (passage, word, subject, list or listed) and `messages`, as a job file's `input` wants them.
+subject of `subjects.txt`; or, with `--tasks`, one about a subject that is put together of parts, so that hardly two are
+alike. All are drawn at random, by `--seed`. Or the target asks itself: what answers to `--lists` list, is asked by
+`--listed` (as in Self-Instruct, arXiv 2212.10560; sample them at a temperature of 0.8 or so). The table has `id`,
+`category` (passage, word, subject, task, list or listed) and `messages`, as a job file's `input` wants them.
 The target answers, so nothing of the texts' own style is learned: they only bring in what to speak of.
 """
 
@@ -203,6 +204,11 @@ LISTS = (
 )
 # An item of a numbered or dotted list: long enough to be asked, and ended, so that the last one is not a cut-off one.
 ITEM = re.compile(r"^\s*(?:\d+[.)]|[-*•])\s+(.{25,400}[.?!])[\"\u201d*]*\s*$", re.MULTILINE)
+# Small models list much else than questions and tasks, and leave blanks in brackets.
+ASKS = re.compile(
+    r"^(?!.*\[)(?:.*\?$|(?:Analyze|Calculate|Compare|Create|Define|Describe|Design|Develop|Discuss|Explain|Find|Give|"
+    r"Identify|List|Name|Outline|Provide|Tell|Write)\b)"
+)
 SUBJECTS = Path(__file__).with_name("subjects.txt")
 # Shares of tasks that have a setting, and that want something else.
 HOW_MANY = (0.3, 0.7)
@@ -225,7 +231,8 @@ def passage(text: str, length: int, dice: random.Random) -> str:
 
 def listed(texts: list[str], num: int, dice: random.Random) -> list[str]:
     """`num` different items of the lists in `texts`, or all where there are fewer."""
-    items = sorted({item.strip('*"\u201c\u201d ') for text in texts for item in ITEM.findall(text)})
+    found = {item.strip('*"\u201c\u201d ') for text in texts for item in ITEM.findall(text)}
+    items = sorted(item for item in found if ASKS.search(item))
     return dice.sample(items, min(num, len(items)))
 
 
@@ -255,7 +262,7 @@ def main() -> None:
         return f"{dice.choice(ON_PASSAGE)}\n\n{passage(dice.choice(texts), dice.choice(LENGTHS), dice)}"
 
     def on(words: list[str], asked: tuple[str, ...] = ON_WORDS) -> str:
-        a, b, c = dice.sample(words, 3)
+        a, b, c = dice.choices(words, k=3)
         return dice.choice(asked).format(a=a, b=b, c=c, n=dice.randrange(3, 60), m=dice.randrange(2, 20))
 
     def task() -> str:

@@ -37,9 +37,8 @@ from batchgen.engines.torch.linear import multiplies_bfloat16
 
 # Attention over dense masks takes memory by the square of what is packed together; longer rows are cut.
 ON_CPU = ["--draft-attn-impl=sdpa", "--loss-implementation=eager", "--num-workers=1", "--total-seq-len=1024"]
-# Times that a token which a head proposes counts as seen beside those in a set, where tokens are exchanged: half of
-# the answers of a round chose best for the other half so.
-HELD = 1.5
+# As how often a token counts that a head proposes beside those in a set, where tokens are exchanged.
+HELD = 6
 # Of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 

@@ -1,6 +1,6 @@
 """The gated activation between an MLP's two projections.
 
-Rounded as in transformers' LlamaMLP, `act_fn(gate) * up`: silu in float32, then to the model dtype, then the product.
+Rounded as in transformers' LlamaMLP, `act_fn(gate) * up`: silu is rounded to the model dtype, then the product.
 
 Shape legend: N rows, I intermediate width; 2I is the gate's columns and then the up projection's.
 """
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch.nn.functional import silu
 
-from batchgen_kernels.dispatch import wide, with_kernel
+from batchgen_kernels.dispatch import with_kernel
 
 if TYPE_CHECKING:
     import torch
@@ -21,4 +21,4 @@ if TYPE_CHECKING:
 def swiglu(gate_up_N2I: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, [N, I] in the dtype of the contiguous `gate_up_N2I`."""
     gate, up = gate_up_N2I.chunk(2, -1)
-    return silu(wide(gate)).to(gate.dtype) * up
+    return silu(gate) * up
