@@ -30,9 +30,9 @@ FLOAT16_MAX = 65504.0
 # Numbers of tokens that products in bfloat16 on a CPU had better be of, where there is a choice. For each new number
 # oneDNN compiles each weight's product anew, 0.5 ms on two Zen 4 cores, where a pass of 16 tokens takes 25.
 FEW_NUMBERS = (*range(1, 16), *range(16, 4097, 4))
-# Of the product that is timed: rows of a full batch, inputs and outputs; and for how long. Another process that has a
-# core makes products of 0.6 ms take 8, nine in a row, so a few of them would not do.
-_TIMED, _TIMED_S = (64, 1024, 4096), 0.15
+# Of the product that is timed: rows of a full batch, inputs and outputs; how often at least, and for how long. Another
+# process that has a core makes products of 0.6 ms take 8, nine in a row, so a few of them would not do.
+_TIMED, _TIMES, _TIMED_S = (64, 1024, 4096), 7, 0.15
 
 
 def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -52,7 +52,7 @@ def multiplies_bfloat16() -> bool:
     seconds: list[list[float]] = [[], []]
     with torch.inference_mode():
         until = time.perf_counter() + _TIMED_S
-        while time.perf_counter() < until:  # in turn: the machine's speed drifts
+        while len(seconds[0]) < _TIMES or time.perf_counter() < until:  # in turn: the machine's speed drifts
             for (product, activations), taken in zip(ways, seconds, strict=True):
                 began = time.perf_counter()
                 product(activations)
