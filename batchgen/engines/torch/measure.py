@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import resource
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,9 +33,11 @@ _CATCH_UP = (512, 1024)
 # Levels of which one is the mean.
 _LEVELS = 3
 # Turns in which each point is timed, and in how many it has to be undisturbed; the most turns and seconds until these
-# are there, and the share of points that may lack them. Beside one busy process every pass took 8 times as long: threads
-# waited for one that waited for its core. Costs measured so had a job draft at a fifth of its speed.
+# are there, and the share of points that may lack them. Beside one busy process every pass took 8 times as long, and
+# costs measured so had a job draft at a fifth of its speed.
 _TURNS, _MOST_TURNS, _MOST_S, _LACKING = 3, 9, 8.0, 0.1
+# The share of a pass that threads may have waited for a core. What the kernel does now and then takes far less.
+_MOST_WAITING = 0.1
 # The most that the context of the grid may be taken to be of any of its passes: what it costs is told by one point.
 _MOST_CONTEXT = 0.5
 
@@ -176,11 +179,12 @@ class Clock:
         for turn in range(1 + _MOST_TURNS):
             for i, point in enumerate(points):
                 before()
-                preempted, began = _preempted(), time.perf_counter()
+                waited, began = waited_s(), time.perf_counter()
                 run(*point)
                 seconds = time.perf_counter() - began
                 if turn:
-                    (clean if _preempted() == preempted else disturbed)[i].append(seconds)
+                    quiet = waited_s() - waited <= _MOST_WAITING * seconds
+                    (clean if quiet else disturbed)[i].append(seconds)
             lacking = sum(len(times) < _TURNS for times in clean) > _LACKING * len(points)
             if turn >= _TURNS and (not lacking or time.perf_counter() > until):
                 break
@@ -188,6 +192,13 @@ class Clock:
         return [min(times or others) for times, others in zip(clean, disturbed, strict=True)]
 
 
-def _preempted() -> int:
-    """How often another process took a core from this one."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+def waited_s() -> float:
+    """Seconds that the threads of this process were ready to run and others had their cores (proc_pid_schedstat(5)).
+
+    0 where the kernel does not count them.
+    """
+    waited_ns = 0
+    for file in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError):  # the thread has ended
+            waited_ns += int(file.read_text().split()[1])
+    return waited_ns / 1e9

@@ -221,15 +221,15 @@ def test_costs_measured_here_rise_with_tokens(bench):
 
 @pytest.mark.parametrize(("clean", "undisturbed"), [(2 / 3, True), (0, False)], ids=["now and then", "always"])
 def test_passes_that_another_process_disturbed_do_not_count(monkeypatch, clean, undisturbed):
-    preempted, dice = [0], random.Random(0)
+    waited, dice = [0.0], random.Random(0)
 
     def run(num_ms):
         time.sleep(num_ms / 1000)
         if dice.random() >= clean:
             time.sleep(0.01)
-            preempted[0] += 1
+            waited[0] += 0.01
 
-    monkeypatch.setattr("batchgen.engines.torch.measure._preempted", lambda: preempted[0])
+    monkeypatch.setattr("batchgen.engines.torch.measure.waited_s", lambda: waited[0])
     clock = Clock()
     seconds = clock.seconds(run, [(1,), (2,), (3,)], lambda: None)
     assert clock.undisturbed is undisturbed
