@@ -93,7 +93,7 @@ def joined(sets: list[Path], folder: Path) -> tuple[Path, float]:
     return made, (sum(len(chosen) for _, _, chosen in learned) + 0.5) / len(rows)
 
 
-def begun(head: Path, folder: Path, target: Path, tokens: dict[int, int], vocab: int | None, *, exchange: bool) -> Path:
+def begun(head: Path, folder: Path, target: Path, vocab: int, tokens: dict[int, int], *, exchange: bool) -> Path:
     """A copy of a head in float32 that has the target's embedding and says where on this machine the target is.
 
     The trainer takes an embedding that a checkpoint lacks for a new one, and draws it; and it trains weights in the
@@ -112,7 +112,7 @@ def begun(head: Path, folder: Path, target: Path, tokens: dict[int, int], vocab:
     tensors = load_file(head / "model.safetensors")
     tensors.setdefault("embed_tokens.weight", targets["embed_tokens.weight"])
     full = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-    size = max(vocab or 0, config["draft_vocab_size"])
+    size = max(vocab, config["draft_vocab_size"])
     if exchange or size > config["draft_vocab_size"]:
         projection = targets.get("lm_head.weight", targets["embed_tokens.weight"]).float()
         projection[full["t2d"]] = full["lm_head.weight"]
@@ -160,6 +160,8 @@ def main() -> None:
     options.add_argument("--keep", type=float, default=0.0, help="share of its weights in those that are written")
     options.add_argument("trainer", nargs="*", help="further arguments of `speculators train`, after --")
     args = options.parse_args()
+    if args.exchange and not args.head:
+        options.error("--exchange changes what --head proposes: name the head")
     from speculators.train.cli import main as train
     from speculators.train.config import TrainConfig
 
@@ -185,7 +187,7 @@ def main() -> None:
         if args.head:
             head = models.fetch(args.head).path
             tokens = torch.load(data / "token_freq.pt")
-            before = begun(head, Path(folder), target.path, tokens, args.vocab, exchange=args.exchange)
+            before = begun(head, Path(folder), target.path, args.vocab or 0, tokens, exchange=args.exchange)
             settings["from-pretrained"] = before
             name = json.loads((head / "config.json").read_text())["speculators_config"]["verifier"]["name_or_path"]
         else:

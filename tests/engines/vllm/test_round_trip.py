@@ -29,10 +29,15 @@ def run(*command: str | Path) -> str:
     return done.stdout + done.stderr
 
 
-def begun(folder: Path, vocab: int, tokens: dict[int, int]) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+def begun(
+    folder: Path, vocab: int, tokens: dict[int, int], *, exchange: bool = False
+) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
     """What the trainer is given of the demo's head: tensors and config."""
-    begin = runpy.run_path(str(ROOT / "examples/train_head/train.py"))["begun"]
-    copy = begin(ROOT / "examples/smollm2", folder, models.fetch("demo:smollm2-135m").path, vocab, tokens)
+    begin, target = (
+        runpy.run_path(str(ROOT / "examples/train_head/train.py"))["begun"],
+        models.fetch("demo:smollm2-135m"),
+    )
+    copy = begin(ROOT / "examples/smollm2", folder, target.path, vocab, tokens, exchange=exchange)
     return load_file(copy / "model.safetensors"), json.loads((copy / "config.json").read_text())
 
 
@@ -59,6 +64,21 @@ def test_a_head_learns_to_propose_more_tokens(tmp_path):
     for token, row in zip(chosen.tolist(), tensors["lm_head.weight"], strict=True):
         expected = target[token] if token in (rare, frequent) else old["lm_head.weight"][known == token][0]
         assert torch.equal(row, expected.float())
+
+
+def test_a_head_exchanges_what_it_proposes_in_vain(tmp_path):
+    old = load_file(ROOT / "examples/smollm2/model.safetensors")
+    known = old["t2d"].nonzero().flatten().tolist()
+    rare, frequent = (~old["t2d"]).nonzero().flatten()[[3, 500]].tolist()
+    idle = known[5]
+    tokens = dict.fromkeys(known, 1) | {idle: 0, frequent: 100, rare: 2}
+    tensors, config = begun(tmp_path, 0, tokens, exchange=True)
+    chosen = tensors["t2d"].nonzero().flatten()
+    assert sorted(chosen.tolist()) == sorted({*known, frequent} - {idle})
+    assert torch.equal(torch.arange(len(chosen)) + tensors["d2t"], chosen)
+    assert config["draft_vocab_size"] == len(known)
+    target = load_file(models.fetch("demo:smollm2-135m").path / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(tensors["lm_head.weight"][chosen == frequent][0], target[frequent].float())
 
 
 def test_a_head_keeps_a_share_of_what_it_was(tmp_path):
