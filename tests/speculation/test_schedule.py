@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from math import comb
-from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchgen.speculation import outcomes
 from batchgen.speculation.budget import MOST_EVEN
 from batchgen.speculation.costs import Costs, Table
 from batchgen.speculation.hindsight import Hindsight
@@ -26,7 +24,6 @@ from batchgen.speculation.schedule import (
     FIRST_STEPS,
     FORECAST_STEPS,
     PLAIN,
-    PLAIN_EVERY,
     REPAY_STEPS,
     STOPPING_ROWS,
     Ahead,
@@ -36,40 +33,10 @@ from batchgen.speculation.schedule import (
     Throughput,
 )
 
-# What is never tried is taken for somewhat more than it says; here for just that.
-taken_at_their_word = mock.patch.object(outcomes, "HOPED", 1.0)
+from .conftest import CHEAP, DEAR, ahead, flat, pools, taken_at_their_word
 
 SMALL = (PLAIN, Draft(1, 1), Draft(2, 1), Draft(3, 1), Draft(2, 2), Draft(3, 2))
 STOPS = (Draft(3, 1, 0.4), Draft(3, 2, 0.25))
-
-
-def pools(seed, rows, width, levels, kept=0.8, children=4):
-    """Drafts of a head whose beams nest: a child's own probability falls with its rank alone, so no node overtakes."""
-    rng = np.random.default_rng(seed)
-    own = np.sort(rng.uniform(0.2, 0.9, (rows, 1)), 1) * 0.02 ** np.arange(children)
-    score = [np.log(own)]
-    parent, depth = [np.full((rows, children), -1)], [np.full((rows, children), 1)]
-    beam, first = np.tile(np.arange(width), (rows, 1)), 0
-    for level in range(2, levels + 1):
-        above = np.take_along_axis(score[-1], beam - first, 1)
-        first += score[-1].shape[1]
-        score.append((above[:, :, None] + np.log(own)[:, None]).reshape(rows, -1))
-        parent.append(np.repeat(beam, children, 1))
-        depth.append(np.full(score[-1].shape, level))
-        beam = first + np.argsort(-score[-1], 1, kind="stable")[:, :width]
-    score, parent, depth = (np.concatenate(parts, 1) for parts in (score, parent, depth))
-    return lambda: np.exp(score) * kept**depth, score, parent, depth
-
-
-def ahead(rows, pending, cap, context=100, arrived=0):
-    """Rows that are alike."""
-    return Ahead(
-        context, [pending // rows] * (rows - 1) + [pending - pending // rows * (rows - 1)], [cap] * rows, arrived
-    )
-
-
-def flat(seconds, per_token=0.0):
-    return Table([1, 1001], [seconds + per_token, seconds + 1001 * per_token])
 
 
 @st.composite
@@ -136,10 +103,6 @@ def test_the_choice_is_that_of_exhaustive_evaluation(seed, rows, per_token, max_
         for shape in allowed
     }
     assert values[chosen] == pytest.approx(max(values.values()), rel=1e-6, abs=1e-9)
-
-
-CHEAP = Costs(flat(0.01), flat(1e-4), flat(1e-4, 1e-6))
-DEAR = Costs(flat(0.01, 0.01), flat(1e-4), flat(1e-4, 1e-6))
 
 
 def test_while_nothing_is_known_some_rows_explore_as_deep_as_is_of_use():
@@ -225,132 +188,6 @@ def test_prompts_that_come_all_at_once_are_paid_for_once():
             schedule.next(ahead(8, 8, 1000, arrived=burst * (step % every == 0)))
         left[arrives] = schedule.choose(ahead(8, burst, every)).worth
     assert left[True] == pytest.approx(left[False], rel=0.05)
-
-
-CHAINS = (PLAIN, Draft(1, 1), Draft(2, 1))
-
-
-def promising(rows=8):
-    """A schedule that is promised 1.5 and 1.7 times as many tokens a second by chains of one and two."""
-    schedule = Schedule(CHEAP, CHAINS)
-    path, depth = np.tile([0.5, 0.25], (rows, 1)), np.tile([1, 2], (rows, 1))
-    for _ in range(FIRST_ROWS):
-        schedule.record(lambda: path, np.log(path), np.tile([-1, 0], (rows, 1)), depth)
-    return schedule
-
-
-def live(schedule, gains, steps, rows=8):
-    """How often each shape was used where its steps really give so many times as many tokens, and the gain of all."""
-    plain_s, tokens, seconds = 0.01, 0.0, 0.0
-    used = dict.fromkeys(CHAINS, 0)
-    for _ in range(steps):
-        due = ahead(rows, rows, 500, 1000)
-        draft = schedule.next(due).draft
-        gave = rows * (1 + draft.depth)
-        took = plain_s * gave / rows / ({PLAIN: 1.0} | gains)[draft]
-        schedule.timed(draft, gave, took)
-        used[draft] += 1
-        tokens, seconds = tokens + gave, seconds + took
-    return used, tokens / seconds / (rows / plain_s)
-
-
-@settings(max_examples=10)
-@given(st.sampled_from([1, 8, 64]), st.floats(0.5, 1.0), st.lists(st.floats(0.85, 1.0), min_size=2, max_size=2))
-def test_promises_that_are_not_kept_cost_little(rows, kept, apart):
-    """A job is hardly slower than plain decoding, and than with the better shape, however wrong the forecasts."""
-    schedule = promising(rows)
-    gains = {Draft(1, 1): 1.5 * kept * apart[0], Draft(2, 1): 1.7 * kept * apart[1]}
-    live(schedule, gains, 300, rows)
-    _, gain = live(schedule, gains, 1000, rows)
-    assert gain > 0.96
-    assert gain > 0.9 * max(gains.values())
-
-
-def test_a_shape_that_was_given_up_comes_back_when_it_pays():
-    schedule = promising()
-    used, _ = live(schedule, {Draft(1, 1): 0.8, Draft(2, 1): 0.9}, 1000)
-    assert used[PLAIN] > 900
-    _, gain = live(schedule, {Draft(1, 1): 0.8, Draft(2, 1): 1.5}, 1000)
-    assert gain > 1.3
-
-
-def test_steps_that_catch_up_on_much_judge_no_shape():
-    """Their catch-up takes five times what the costs say, the rest what was promised."""
-    schedule = promising()
-    before = schedule.choose(ahead(8, 8, 500, 1000)).worth
-    for _ in range(50):
-        due = ahead(8, 100_000, 500, 1000)
-        draft = schedule.next(due).draft
-        debt = 5 * CHEAP.extend(100_000, 1000)
-        schedule.timed(draft, 8 * (1 + draft.depth), 0.01 * (1 + draft.depth) / 1.6 + debt)
-    assert schedule.choose(ahead(8, 8, 500, 1000)).worth == pytest.approx(before, rel=0.05)
-
-
-def test_costs_measured_in_a_bad_moment_do_not_keep_a_job_from_plain_steps():
-    """Of costs measured beside a busy process: all counts of nodes at one price, so every tree is as good as free."""
-    rows, true_s = 64, flat(0.02, 1e-3)
-    per_token = Costs(Table([1, 256], [0.02, 0.02], 8e-5), flat(1e-3), flat(1e-3, 1e-6))
-    schedule = Schedule(per_token)
-    drafted = []
-    for step in range(400):
-        plan = schedule.next(ahead(rows, rows, 500, 10_000))
-        if plan.explores:
-            schedule.record(*pools(step, rows, 4, 6))
-        nodes, tokens = (rows, rows) if plan.draft == PLAIN else (30 * rows, 2.5 * rows)
-        seconds = true_s(nodes)
-        if not plan.explores:
-            schedule.timed(plan.draft, tokens, seconds)
-            drafted.append(plan.draft != PLAIN)
-        per_token.refine_verify(nodes, 10_000, seconds)
-    assert sum(drafted[50:]) < 0.2 * len(drafted[50:])
-
-
-def test_plain_steps_stand_among_drafting_ones_the_more_the_less_these_gain():
-    few, _ = live(promising(), {Draft(1, 1): 1.0, Draft(2, 1): 3.0}, 1000)
-    many, _ = live(promising(), {Draft(1, 1): 1.0, Draft(2, 1): 1.15}, 1000)
-    assert 0 < 2 * few[PLAIN] < many[PLAIN] < 1000 / PLAIN_EVERY
-
-
-@taken_at_their_word
-def test_what_promises_less_than_plain_steps_is_left():
-    for gain, expected in ((0.995, PLAIN), (1.2, Draft(1, 1))):
-        assert of_a_node(gain).choose(ahead(8, 8, 1, 0)).draft == expected
-
-
-def of_a_node(gain):
-    """Half of all first tokens are kept; a node costs what makes drafting them all worth `gain` of plain steps."""
-    per_row = 0.02 / 8 * (1.5 / gain - 1)
-    schedule = Schedule(Costs(flat(0.02 - 8 * per_row, per_row), flat(1.0), flat(0.0)), [PLAIN, Draft(1, 1)])
-    path, parent = np.full((8, 1), 0.5), np.full((8, 1), -1)
-    for _ in range(FIRST_ROWS):
-        schedule.record(lambda: path, np.log(path), parent, np.ones((8, 1), int))
-    return schedule
-
-
-@pytest.mark.parametrize(("gives", "share"), [(1.08, 0.7), (0.96, 0.15)])
-def test_what_promises_a_little_less_than_plain_steps_is_tried_and_then_known(gives, share):
-    """A measurement in a bad moment would keep drafting from ever being corrected."""
-    schedule, drafted, seconds = of_a_node(0.88), 0, 0.0
-    for _ in range(1000):
-        draft = schedule.next(ahead(8, 8, 500, 0)).draft
-        gave = 12 if draft != PLAIN else 8
-        took = 0.02 * gave / 8 / (gives if draft != PLAIN else 1.0)
-        schedule.timed(draft, gave, took)
-        drafted, seconds = drafted + (draft != PLAIN), seconds + took / gave
-    assert (drafted / 1000 > share) == (gives > 1)
-    assert seconds / 1000 < 1.01 * 0.02 / 8, "to find out costs little"
-
-
-@pytest.mark.parametrize("rows", [1, 64])
-def test_hope_is_for_drafting_and_not_for_each_shape_in_turn(rows):
-    """A shape that kept its promises is not left for one that promises less and was never tried."""
-    seen = outcomes.Outcomes()
-    assert seen.kept(rows)(Draft(1, 1)) == outcomes.HOPED
-    for _ in range(100):
-        seen.drafted(rows, Draft(1, 1), 1.1, rows, 1 / 1.1, 1.0)
-        kept = seen.kept(rows)
-        assert kept(Draft(1, 1)) == pytest.approx(kept(Draft(2, 1)))
-    assert 1.0 < kept(Draft(1, 1)) < 1.1
 
 
 class World:

@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 import torch
 
+from batchgen import engines
 from batchgen.engines.torch.engine import TorchEngine
 from batchgen.engines.torch.forest import Candidates, Shape
 from batchgen.engines.torch.linear import FEW_NUMBERS
 from batchgen.engines.torch.measure import Clock, measure
 from batchgen.engines.torch.width import AutoTree, Drafted, FixedTree, Step
 from batchgen.record import Request, Sampling
-from batchgen.speculation.costs import Costs, Table
+from batchgen.speculation.costs import Costs, Table, load_costs
 from batchgen.speculation.schedule import WARM_STEPS, Ahead
 
 from .conftest import GREEDY, SAMPLED
@@ -252,6 +253,14 @@ def test_a_process_that_wants_the_same_core_is_noticed():
         busy.wait()
         os.sched_setaffinity(0, cores)
     assert not clock.undisturbed
+
+
+@pytest.mark.parametrize("undisturbed", [True, False])
+def test_costs_are_kept_if_nothing_disturbed_their_measurement(tmp_path, monkeypatch, undisturbed):
+    found = costs(a_node=0.001)
+    monkeypatch.setattr("batchgen.engines.torch.measure.measure", lambda *_: (found, undisturbed))
+    assert engines._costs(tmp_path, "key", None, None, 8) is found
+    assert (load_costs(tmp_path, "key") is not None) is undisturbed
 
 
 def test_measured_passes_are_like_those_of_steps(bench, monkeypatch):
