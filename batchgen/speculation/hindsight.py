@@ -27,9 +27,10 @@ GRID = 512
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Draft:
-    """One recorded draft: how to value its candidates, their depths, and which of them a beam of each width had."""
+    """One recorded draft: how to value its candidates, their scores and depths, and which a beam of each width had."""
 
     value: Callable[[], NDArray[Any]]
+    score: NDArray[Any]
     depth: NDArray[Any]
     found: dict[int, NDArray[np.bool_]]
 
@@ -38,7 +39,7 @@ class _Draft:
 class _Alike:
     """Drafts of the same depths, one below the other: values [B, P], depths [P], and what beams of each width had.
 
-    `likeliest` [B, 1 + depth] is how likely the likeliest path of each length is, by width.
+    `likeliest` [B, 1 + depth] is how likely the head takes the likeliest path of each length for, by width.
     """
 
     value: NDArray[Any]
@@ -52,7 +53,8 @@ class _Alike:
         value, depth = np.concatenate([draft.value() for draft in drafts]), drafts[0].depth[0]
         found = {width: np.concatenate([draft.found[width] for draft in drafts]) for width in drafts[0].found}
         starts, root = np.searchsorted(depth, np.arange(1, depth[-1] + 1)), np.ones((len(value), 1))
-        levels = {w: np.maximum.reduceat(np.where(had, value, 0), starts, axis=1) for w, had in found.items()}
+        path = np.where(value > 0, np.exp(np.concatenate([draft.score for draft in drafts])), 0.0)
+        levels = {w: np.maximum.reduceat(np.where(had, path, 0), starts, axis=1) for w, had in found.items()}
         return _Alike(value, depth, found, {width: np.concatenate([root, best], 1) for width, best in levels.items()})
 
     def drafted(self, depth: int, width: int, floor: float) -> NDArray[np.bool_]:
@@ -66,7 +68,8 @@ class _Alike:
 class Hindsight:
     """The newest drafted rows, `KEPT_ROWS` or a draft more, as beams of the given `widths` would have drafted them.
 
-    With a `floor`, a row is drafted below a level only where its likeliest path of that length is that likely.
+    With a `floor`, a row is drafted below a level only where the head takes its likeliest path of that length for that
+    likely.
     `depth` is the deepest level on record.
     """
 
@@ -83,7 +86,7 @@ class Hindsight:
     ) -> None:
         """Remember a draft; see `Schedule.record`."""
         found = {width: truncate(score, parent, depth, width) for width in self._widths}
-        self._drafts.append(_Draft(value, depth, found))
+        self._drafts.append(_Draft(value, score, depth, found))
         self.num_rows += len(score)
         while self.num_rows - len(self._drafts[0].depth) >= KEPT_ROWS:
             self.num_rows -= len(self._drafts.popleft().depth)

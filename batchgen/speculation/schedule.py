@@ -45,7 +45,7 @@ PLAIN_SHARE, PLAIN_EVERY = 0.003, 8
 # How many times as fast as foretold a plain step is a surprise, and followed by another.
 SURPRISE = 1.5
 EXPLORE_SHARE = 0.005
-# Steps between two explorations, and for which forecasts stand where nothing was explored.
+# Steps between two explorations, and for which forecasts stand.
 EXPLORE_STEPS, FORECAST_STEPS = 32, 64
 # Before exploring has to be paid for: the first row of a small batch may be nothing like the next, and the first step
 # of a large one is judged by a calibration that has seen nothing.
@@ -54,6 +54,8 @@ FIRST_ROWS, FIRST_STEPS = 48, 4
 FIRST_PAUSE = 4
 # Rows that explore where the others go on plainly: those with the least to catch up on.
 EXPLORE_ROWS = 16
+# Over how many steps the seconds of deciding are averaged.
+DECIDING_STEPS = 32
 # Steps that make a throughput, and steps that it remembers.
 WARM_STEPS, MEMORY_STEPS = 4, 64
 
@@ -63,7 +65,7 @@ class Draft:
     """How deep to draft and how many nodes of each level to expand; `Draft(0, 0)` is a plain step.
 
     Of each expanded node the `CHILDREN` likeliest next tokens are candidates: they cost no pass. Rows whose likeliest
-    path to a level is less likely than `floor` are drafted no deeper.
+    path to a level is less likely than `floor`, by the head's own word, are drafted no deeper.
     """
 
     depth: int
@@ -142,6 +144,7 @@ class Schedule:
     def __init__(self, costs: Costs, shapes: Sequence[Draft] = SHAPES) -> None:
         self._costs, self._shapes = costs, tuple(shapes)
         self._largest = Draft(max(s.depth for s in shapes), max(s.width for s in shapes))
+        self._useful: dict[tuple[bool, int], list[Draft]] = {}
         self._seen = Hindsight([s.width for s in shapes if s != PLAIN])
         self._outcomes = Outcomes()
         # What the last step started from, what it was promised, and drafting steps since a plain one.
@@ -150,6 +153,7 @@ class Schedule:
         self._forecasts: dict[tuple[object, ...], tuple[dict[Draft, Promise], int]] = {}
         self._choices = self._num_recorded = 0
         self._allowance_s, self._since, self._arriving = 0.0, EXPLORE_STEPS, 0.0
+        self._deciding_s = 0.0  # of a step that drafts, beside all passes
 
     def next(self, ahead: Ahead) -> Plan:
         """What this step drafts, and whether it explores: if so, `record` wants what it drafts.
@@ -180,8 +184,7 @@ class Schedule:
         largest = self._largest_within(max(ahead.caps))
         if largest == PLAIN:
             return None
-        known = self._num_recorded >= FIRST_STEPS
-        warm = known and self._seen.num_rows >= FIRST_ROWS
+        known, warm = self._num_recorded >= FIRST_STEPS, self._warm
         near_end = max(ahead.caps) < self._seen.depth  # all rows are: nothing to learn for those that follow
         if (warm and near_end) or (known and self._since < (EXPLORE_STEPS if warm else FIRST_PAUSE)):
             return None
@@ -199,12 +202,20 @@ class Schedule:
                 return None
         return Plan(largest, rows, explores=True)
 
+    @property
+    def _warm(self) -> bool:
+        """Whether enough is known that exploring has to be paid for, and forecasts may stand for a while."""
+        return self._num_recorded >= FIRST_STEPS and self._seen.num_rows >= FIRST_ROWS
+
     def spent(self, seconds: float) -> None:
         """A step took `seconds`; exploring lives on a share of them."""
         self._allowance_s += EXPLORE_SHARE * seconds
 
-    def timed(self, draft: Draft, tokens: int, seconds: float) -> None:
-        """The step that was planned last, if it neither explored nor read prompts: what it drafted, gave and took."""
+    def timed(self, draft: Draft, tokens: int, seconds: float, deciding_s: float = 0.0) -> None:
+        """The step that was planned last, if it neither explored nor read prompts: what it drafted, gave and took.
+
+        `deciding_s` of the `seconds` went into what to draft and verify.
+        """
         ahead, promise, extend = self._ahead, self._promised, self._costs.extend
         plain_s = self._plain_s(ahead)
         if draft == PLAIN:
@@ -212,6 +223,7 @@ class Schedule:
                 self._until_plain = 0
             self._outcomes.plain(ahead.rows, seconds, plain_s)
             return
+        self._deciding_s += (deciding_s - self._deciding_s) / DECIDING_STEPS
         debt = extend(sum(ahead.pending), ahead.context) - extend(promise.fed, ahead.context)  # which is paid once
         if debt <= MAX_DEBT * seconds:
             self._outcomes.drafted(ahead.rows, draft, promise.gain, tokens, seconds - debt, plain_s)
@@ -229,14 +241,16 @@ class Schedule:
         when it is called; `score` is the cumulative draft log-probability, by which the beam was chosen; `parent` the
         parent's column, -1 at depth 1.
         """
+        if not self._warm:
+            self._forecasts.clear()
         self._seen.record(value, score, parent, depth)
-        self._forecasts.clear()
         self._num_recorded += 1
 
     def revalue(self) -> None:
         """The calibration has changed: value what is recorded anew when the next question comes up."""
         self._seen.revalue()
-        self._forecasts.clear()
+        if not self._warm:
+            self._forecasts.clear()
 
     def choose(self, ahead: Ahead) -> Promise:
         """What is worth most, as far as promises were kept; plain where nothing is worth more.
@@ -255,7 +269,7 @@ class Schedule:
         return dataclasses.replace(best, worth=worth(best)) if worth(best) > 1.0 else _NOTHING
 
     def _foretold(self, shapes: Sequence[Draft], ahead: Ahead) -> list[Promise]:
-        """What each shape promises; stands for `FORECAST_STEPS` choices."""
+        """What each shape promises; stands for `FORECAST_STEPS` choices, or until something is learned at first."""
         pending = sum(ahead.pending) // ahead.rows
         # What a step or two gave is no debt, and then it does not matter how long a row would have to repay it.
         debt = (pending.bit_length(), int(min(_left(ahead), REPAY_STEPS)).bit_length()) if pending > 8 else None
@@ -271,11 +285,15 @@ class Schedule:
 
     def _of_use(self, rows: int, max_depth: int) -> list[Draft]:
         """The shapes of use where rows give `max_depth` tokens more; what stops by itself is as deep as they allow."""
-        usual = [shape for shape in self._shapes if not shape.floor and 0 < shape.depth <= max_depth]
-        if max_depth <= 1 or power_of_two(rows) > power_of_two(STOPPING_ROWS):
-            return usual
-        stopping = (shape for shape in self._shapes if shape.floor)
-        return usual + [dataclasses.replace(shape, depth=min(shape.depth, max_depth)) for shape in stopping]
+        stops = power_of_two(rows) <= power_of_two(STOPPING_ROWS)
+        key = stops, min(max_depth, self._largest.depth)
+        if key not in self._useful:
+            shapes = [shape for shape in self._shapes if not shape.floor and 0 < shape.depth <= max_depth]
+            if stops and max_depth > 1:
+                stopping = (shape for shape in self._shapes if shape.floor)
+                shapes += [dataclasses.replace(shape, depth=min(shape.depth, max_depth)) for shape in stopping]
+            self._useful[key] = shapes
+        return self._useful[key]
 
     def _promise(self, shape: Draft, ahead: Ahead) -> Promise:
         """What `shape` promises with the best number of verified nodes, in uneven trees or in even ones."""
@@ -288,7 +306,7 @@ class Schedule:
             verify = np.concatenate([verify, self._costs.even * self._costs.verify(nodes, context)])
         fed = tokens + rows * self._arriving
         feeding = extend(fed, context)
-        step = verify + feeding + self._levels_s(shape, rows, context)
+        step = verify + feeding + self._levels_s(shape, rows, context) + self._deciding_s
         debt = np.maximum(extend(sum(ahead.pending), context) - feeding, 0.0)
         each = debt / np.clip(_left(ahead) * rows / tokens, 1, REPAY_STEPS)
         # Prompts that came all at once are among what arrives on average, and paid for with it.

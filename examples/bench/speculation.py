@@ -144,8 +144,8 @@ def main() -> None:
     machine = Machine(args.dtype, args.device)
     results: list[dict[str, Any]] = []
     for rows in map(int, args.rows.split(",")):
-        # One row says little: it takes several prompts one after the other.
-        requests = machine.lasting(max(rows, 8), args.max_tokens)
+        # Few rows say little: they take several prompts one after the other.
+        requests = machine.lasting(max(rows, 24), args.max_tokens)
         groups = [requests[i : i + rows] for i in range(0, len(requests), rows)]
 
         def turn(mode: str, rows: int = rows, groups: list[list[Request]] = groups) -> dict[str, float]:

@@ -125,6 +125,16 @@ SETTINGS = (
     "My audience are experts.",
     "Suppose that we have ten minutes.",
     "Here is a question that came up at dinner.",
+    "You are a poet with a sense of humour.",
+    "You are a senior researcher who reviews a paper.",
+    "Picture yourself as the mayor of a small town.",
+    "Take on the part of a detective from an old film.",
+    "I run a blog with many readers.",
+    "My manager needs this by tonight.",
+    "Our team disagrees about this.",
+    "I have read the textbook and still do not see it.",
+    "You write for a daily newspaper.",
+    "Please help me with my homework.",
 )
 REQUESTS = (
     "What is {a}, and which parts or steps does it consist of?",
@@ -167,6 +177,42 @@ REQUESTS = (
     "A group of {n} people wants to learn about {a}, each in {m} hours. How should they divide the work?",
     "One book about {a} costs {n} dollars, and one about {b} costs {m} dollars. What do three of each cost?",
     "Implement a small program that has to do with {a}, and describe how it works.",
+    "Craft an advertisement for a course about {a}.",
+    "Write an email to a colleague who asked for your opinion of {a}.",
+    "Write a diary entry of somebody who has just discovered {a}.",
+    "Begin a story with a sentence about {a} that makes one want to read on.",
+    "Write an opinion piece on {a} and its effects on ordinary people.",
+    "Write a limerick or a haiku about {a}.",
+    "Write a speech for the opening of an exhibition on {a}.",
+    "Compose a short play in which {a} and {b} are the subject of a quarrel.",
+    "Write a guide for visitors who come because of {a}, with places to see and things to do.",
+    "Write a proposal to a foundation that could pay for work on {a}.",
+    "Describe {a} as a painter would describe a picture.",
+    'Edit this sentence and explain your edits: "{a} are been important for {b} since many year."',
+    "Turn these notes into one paragraph: {a}; {b}; {c}; why it matters; what to do next.",
+    "Write a list of {m} instructions for a game about {a}.",
+    "Answer as if you were {a} and could speak.",
+    "Give me three different ways to explain {a}, and say which is best.",
+    'Extract the subjects from this sentence as a JSON list: "First {a}, then {b}, and at last {c}."',
+    'Count the words in "{a}, {b} and {c}", and put them in alphabetical order.',
+    "Rank {a}, {b} and {c} by how hard they are to learn, and explain the order.",
+    "There are {n} books on a shelf; {m} are about {a} and the rest about {b}. How many are those? Explain each step.",
+    "A train with {n} students of {a} stops {m} times, and two get off at each stop. How many are left?",
+    "Solve this: x plus {m} is {n}. Then explain how equations like this turn up in {a}.",
+    "What would an economist, a physicist and a poet each say about {a}?",
+    "What are the stages of {a}, and how long does each take?",
+    "State the most important equation or rule for {a}, explain each symbol or word in it, and apply it once.",
+    "What are the chemical, physical or biological foundations of {a}?",
+    "Describe how {a} is made or arises, and what can go wrong.",
+    "What is the connection of {a} to energy, matter or life?",
+    "How do scientists study {a}, and which instruments do they use?",
+    "What is the evidence for {a}, and how strong is it?",
+    "Compare the views of two schools of thought on {a}.",
+    "What were the social and political consequences of {a}?",
+    "Which methods can be used to teach {a}, and how do they compare with those for {b}?",
+    "How would you explain to a court what {a} is?",
+    "Assess the arguments for regulating {a}.",
+    "What should a government do about {a}, and what should it leave alone?",
 )
 WISHES = (
     "Who described it first, and when?",
@@ -193,6 +239,18 @@ WISHES = (
     "Use headings.",
     "Think step by step.",
     "What should I read next?",
+    "Choose the words with care.",
+    "Let every sentence begin with a different letter.",
+    "Give two examples and one counterexample.",
+    "Say what is often forgotten.",
+    "Explain how the parts work together.",
+    "Which of these points is the weakest?",
+    "Write it so that it can be read aloud.",
+    "Support each point with a reason.",
+    "How has this been applied?",
+    "Describe it in chronological order.",
+    "Discuss how this affects people's lives.",
+    "Limit yourself to five sentences.",
 )
 LISTS = (
     "Write five exam questions about {a}, from easy to hard, one per line, without answers.",
@@ -263,7 +321,7 @@ def main() -> None:
 
     def on(words: list[str], asked: tuple[str, ...] = ON_WORDS) -> str:
         a, b, c = dice.choices(words, k=3)
-        return dice.choice(asked).format(a=a, b=b, c=c, n=dice.randrange(3, 60), m=dice.randrange(2, 20))
+        return dice.choice(asked).format(a=a, b=b, c=c, n=dice.randrange(20, 60), m=dice.randrange(2, 20))
 
     def task() -> str:
         parts = [dice.choice(SETTINGS)] if dice.random() < HOW_MANY[0] else []

@@ -91,6 +91,18 @@ def test_costs_measured_in_a_bad_moment_do_not_keep_a_job_from_plain_steps():
     assert sum(drafted[50:]) < 0.2 * len(drafted[50:])
 
 
+def test_deciding_is_a_part_of_what_drafting_costs():
+    """What it takes, or a step's passes would be held to last longer."""
+    taken = []
+    for deciding_s in (0.0, 0.004):
+        schedule = promising()
+        for _ in range(200):
+            draft = schedule.next(ahead(8, 8, 500, 1000)).draft
+            schedule.timed(draft, 8 * (1 + draft.depth), 0.02, deciding_s)
+        taken.append(schedule.choose(ahead(8, 8, 500, 1000)).seconds)
+    assert taken[1] - taken[0] == pytest.approx(0.004, rel=0.1)
+
+
 def test_plain_steps_stand_among_drafting_ones_the_more_the_less_these_gain():
     few, _ = live(promising(), {Draft(1, 1): 1.0, Draft(2, 1): 3.0}, 1000)
     many, _ = live(promising(), {Draft(1, 1): 1.0, Draft(2, 1): 1.15}, 1000)

@@ -193,13 +193,10 @@ class TorchEngine:
         drafts = [slots[r] for r in drafting]
         state = self._catch_up(self._draft, drafts)
         lengths = [rows[r].draft_len for r in drafting]
-        width, own_caps = self._width, torch.tensor([caps[r] for r in drafting])
-        pool = self._slots.pools[1]
-        drafted = forest.grow(
-            self._draft, pool, drafts, state, lengths, shape, lambda level, r: width.accepted(level, own_caps[r])
-        )
+        own_caps = torch.tensor([caps[r] for r in drafting])
+        drafted = forest.grow(self._draft, self._slots.pools[1], drafts, state, lengths, shape, own_caps)
         candidates = drafted.on_host()
-        kept = width.keep(candidates, own_caps, shape, ahead)
+        kept = self._width.keep(candidates, own_caps, shape, ahead)
         extend_tokens = sum(pending[r] for r in drafting)
         return Drafted(shape, drafting, extend_tokens, candidates), Forest.of(candidates, kept, drafting, roots)
 

@@ -13,6 +13,7 @@ before its child (SGLang's "invalid eagle tree" is that tie).
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,7 +23,7 @@ from batchgen.engines.torch.layout import Layout, upload
 from batchgen_kernels.tree_attention import MAX_NODES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
@@ -35,7 +36,7 @@ class Shape:
     """Levels below the root, nodes expanded per level while drafting, and nodes verified per row (root excluded).
 
     Of each expanded node the `children` likeliest next tokens are candidates, `width` unless given. A row goes on below
-    a level only if its likeliest path to there is at least `floor` likely to be kept.
+    a level only if the head takes its likeliest path to there for at least `floor` likely.
     """
 
     depth: int
@@ -133,8 +134,10 @@ class Candidates:
 
     def level_tokens(self, shape: Shape) -> list[int]:
         """Tokens of each pass of the head that drafted these, after the catch-up that gave level 1."""
-        drafted = self.logp.isfinite().sum(0)[shape.children :: shape.width * shape.children]
-        return [int(rows) * shape.width for rows in drafted]
+        if not shape.floor:
+            return [len(self.logp) * shape.width] * (shape.depth - 1)
+        first = self.logp.numpy()[:, shape.children :: shape.width * shape.children]
+        return [int(rows) * shape.width for rows in np.isfinite(first).sum(0)]
 
     def of_rows(self, rows: torch.Tensor, num_rows: int) -> Candidates:
         """These as candidates of `rows`, rising, among `num_rows` rows; the others' have probability 0."""
@@ -160,13 +163,12 @@ def grow(
     state: torch.Tensor,
     context: Sequence[int],
     shape: Shape,
-    accepted: Callable[[Candidates, torch.Tensor], torch.Tensor] | None = None,
+    caps: torch.Tensor | None = None,
 ) -> Candidates:
     """Draft `shape.depth` levels for all rows, or fewer where `shape.floor` ends them all.
 
     Row b stands in slot `slots[b]` of `pool`, with `context[b]` true slots written, the last of which gave the output
-    state `state[b]`. With a floor `accepted` says how likely each candidate of a level of some rows is kept once its
-    parent is, and is waited for.
+    state `state[b]`. With a floor each level is waited for, and row b is drafted no deeper than `caps[b]`.
     """
     num_rows, width, children = len(slots), shape.width, shape.children
     slot_R, prefix_R = (upload(np.array(each, np.int64), state.device) for each in (slots, context))
@@ -180,17 +182,16 @@ def grow(
     parent_state = state[:, None].expand(-1, width, -1)
     bits = (1 << place).expand(num_rows, -1)
     alive = torch.arange(num_rows, device=state.device)
-    stops = accepted if shape.floor > 0.0 else None
-    likely = stops(found[0], alive) if stops else score
-    best_likely = likely[:, :width]
+    least = math.log(shape.floor) if shape.floor > 0.0 else None
     for level in range(1, shape.depth):
-        if stops:
-            going = (likely.amax(1) >= shape.floor).nonzero().view(-1)
+        if least is not None:
+            likely = score[:, 0] >= least
+            going = (likely if caps is None else likely & (caps.to(alive.device)[alive] > level)).nonzero().view(-1)
             if len(going) == 0:
                 break
             if len(going) < len(alive):
                 alive, slot_R, prefix_R, score, token = (t[going] for t in (alive, slot_R, prefix_R, score, token))
-                beam, parent_state, bits, best_likely = (t[going] for t in (beam, parent_state, bits, best_likely))
+                beam, parent_state, bits = (t[going] for t in (beam, parent_state, bits))
         layout = Layout.even(slot_R, prefix_R, bits, (level - 1) * width, level - 1, draft.heads)
         # Of one row, the reshaped expansion would still be a view of stride 0, which kernels refuse.
         hidden = parent_state.reshape(len(alive) * width, -1).contiguous()
@@ -206,9 +207,6 @@ def grow(
         score, token = child_score.gather(1, best), tokens.gather(1, best)
         beam = num_candidates + best
         above = best // children
-        if stops:
-            likely = best_likely.repeat_interleave(children, 1) * stops(here, alive)
-            best_likely = likely.gather(1, best)
         parent_state = out.view(len(alive), width, -1).gather(1, above[..., None].expand(-1, -1, out.shape[-1]))
         own = 1 << (level * width + place)
         bits = bits.gather(1, above) | own if level + 1 < shape.depth else bits

@@ -8,6 +8,7 @@ Neither ever sees the noise that tokens are drawn with, so tokens do not depend 
 from __future__ import annotations
 
 import dataclasses
+import time
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -78,9 +79,6 @@ class Width(Protocol):
     def plan(self, ahead: Ahead) -> tuple[Shape, Sequence[int]] | None:
         """What to draft, and for which rows, rising; None for a plain step."""
 
-    def accepted(self, level: Candidates, caps: torch.Tensor) -> torch.Tensor:
-        """How likely each candidate of a level [B, P] is kept once its parent is; asked where a shape has a floor."""
-
     def keep(self, candidates: Candidates, caps: torch.Tensor, shape: Shape, ahead: Ahead) -> torch.Tensor:
         """The candidates to verify, bool [B, P] of B rows that drafted, each with its parent and none below `caps`."""
 
@@ -103,10 +101,6 @@ class FixedTree:
         """See `Width`."""
         depth = min(self._shape.depth, max(ahead.caps))
         return (dataclasses.replace(self._shape, depth=depth), range(ahead.rows)) if depth > 0 else None
-
-    def accepted(self, level: Candidates, caps: torch.Tensor) -> torch.Tensor:
-        """The head's own word: what a fixed tree does not learn, it does not correct."""
-        return level.logp.exp()
 
     def keep(self, candidates: Candidates, caps: torch.Tensor, shape: Shape, ahead: Ahead) -> torch.Tensor:
         """See `Width`."""
@@ -135,8 +129,10 @@ class AutoTree:
         self._calibration = Calibration()
         self._schedule = Schedule(costs, SHAPES + STOPPING if stops_early else SHAPES)
         self._throughput = Throughput()
-        # Of the step that was planned last: whether it explores, has even trees, and the tokens of the head's passes.
+        # Of the step that was planned last: whether it explores, has even trees, the seconds that deciding took and the
+        # tokens of the head's passes.
         self._exploring = self._even = False
+        self._deciding_s = 0.0
         self._levels: list[int] = []
         self._expected = 0.0
         self._num_steps = self._num_drafting = self._num_nodes = self._num_roots = self._num_tokens = 0
@@ -144,51 +140,46 @@ class AutoTree:
 
     def plan(self, ahead: Ahead) -> tuple[Shape, Sequence[int]] | None:
         """See `Width`."""
+        began = time.perf_counter()
         self._expected, self._even, self._levels = float(ahead.rows), False, []
         plan = self._schedule.next(ahead)
         self._exploring = plan.explores
+        self._deciding_s = time.perf_counter() - began
         if plan.draft == PLAIN:
             return None
         depth, width, floor = dataclasses.astuple(plan.draft)
         return Shape(depth, width, MAX_NODES - 1, floor, CHILDREN), plan.rows
 
-    def accepted(self, level: Candidates, caps: torch.Tensor) -> torch.Tensor:
-        """See `Width`."""
-        return torch.from_numpy(self._accepted(level, caps))
-
-    def _accepted(self, candidates: Candidates, caps: torch.Tensor) -> NDArray[np.float32]:
-        columns = (candidates.logp, candidates.rank, candidates.depth, caps)
-        logp, rank, depth, cap = (column.numpy() for column in columns)
-        of_use = (depth <= cap[:, None]) & np.isfinite(logp)
-        return np.where(of_use, self._calibration.acceptance(logp, rank, depth), np.float32(0))
-
     def keep(self, candidates: Candidates, caps: torch.Tensor, shape: Shape, ahead: Ahead) -> torch.Tensor:
         """See `Width`."""
-        score, parent, depth = (each.numpy() for each in (candidates.score, candidates.parent, candidates.depth))
+        began = time.perf_counter()
+        columns = (candidates.logp, candidates.rank, candidates.parent, candidates.depth, caps)
+        logp, rank, parent, depth, cap = (column.numpy() for column in columns)
+        of_use = (depth <= cap[:, None]) & np.isfinite(logp)
 
         def value() -> NDArray[np.float32]:
-            return _along(self._accepted(candidates, caps), parent, shape)
+            accepted = np.where(of_use, self._calibration.acceptance(logp, rank, depth), np.float32(0))
+            return _along(accepted, parent, shape)
 
         path = value()
         if self._exploring:
-            self._schedule.record(value, score, parent, depth)
+            self._schedule.record(value, candidates.score.numpy(), parent, depth)
         rows, self._levels = ahead.rows, candidates.level_tokens(shape)
         throughput = self._throughput.value(rows, self._unit_s(rows, ahead.context))
+        # What a step takes however many nodes it verifies tells only what its tokens are worth.
+        drafting_s = 0.0 if throughput is not None else self._drafting_s(rows, ahead.context)
         kept = budget.select(
             path,
             num_roots=rows,
             row_cap=shape.nodes,
             sizes=self._sizes,
-            cost=lambda nodes: np.asarray(
-                self.costs.step(
-                    rows=rows, extend_tokens=rows, level_tokens=self._levels, nodes=nodes, context=ahead.context
-                )
-            ),
+            cost=lambda nodes: drafting_s + self.costs.verify(nodes, ahead.context),
             throughput=throughput,
         )
         if throughput is not None and self.costs.even < 1.0 and len(path) == rows > 1:
             kept = self._evened(path, kept, throughput, ahead.context)
         self._expected += float(path[kept].sum())
+        self._deciding_s += time.perf_counter() - began
         return torch.from_numpy(kept)
 
     def _evened(
@@ -224,10 +215,9 @@ class AutoTree:
                     self._schedule.revalue()
         # What a second is worth must be told by the clock that nodes are priced by: with costs that are all a third too
         # high, and tokens per real second, hardly a node would seem worth its price.
-        extend_s = self.costs.extend(drafted.extend_tokens, step.context) if drafted is not None else 0.0
-        levels_s = [self.costs.level(tokens, step.context) for tokens in self._levels]
+        drafting_s = self._drafting_s(drafted.extend_tokens, step.context) if drafted is not None else 0.0
         verify_s = float(self.costs.verify(step.nodes, step.context)) * (self.costs.even if self._even else 1.0)
-        seconds = verify_s + extend_s + sum(levels_s)
+        seconds = verify_s + drafting_s + self._deciding_s
         self._throughput.seen(step.rows, step.tokens, seconds / self._unit_s(step.rows, step.context))
         taken = step.draft_s + step.verify_s
         self._schedule.spent(taken)
@@ -236,16 +226,21 @@ class AutoTree:
         # What exploring steps draft is like nothing else; their pass of the target still tells how fast the machine is,
         # and at first they alone do.
         if drafted is not None and not self._exploring:
-            ratio = step.draft_s / (extend_s + sum(levels_s))
-            self.costs.extend.refine(drafted.extend_tokens, step.context, extend_s * ratio, RATE)
-            if levels_s:
-                self.costs.level.refine(self._levels[0], step.context, levels_s[0] * ratio, RATE)
+            ratio = (step.draft_s - self._deciding_s) / drafting_s
+            passes = [(self.costs.extend, drafted.extend_tokens), *((self.costs.level, n) for n in self._levels[:1])]
+            for table, tokens in passes:
+                table.refine(tokens, step.context, ratio * table(tokens, step.context), RATE)
         if step.mixed:  # its seconds are the prompts' as well
             return
         if not self._exploring:
             draft = PLAIN if drafted is None else Draft(drafted.shape.depth, drafted.shape.width, drafted.shape.floor)
-            self._schedule.timed(draft, step.tokens, taken)
+            self._schedule.timed(draft, step.tokens, taken, self._deciding_s)
         self.costs.refine_verify(step.nodes, step.context, step.verify_s, even=self._even)
+
+    def _drafting_s(self, extend_tokens: int, context: int) -> float:
+        """Seconds of the head's passes in the step that was planned last."""
+        levels_s = sum(self.costs.level(tokens, context) for tokens in self._levels)
+        return self.costs.extend(extend_tokens, context) + levels_s
 
     def _unit_s(self, rows: int, context: int) -> float:
         """Seconds of a plain step as it is priced now; the clock changes with the machine's speed."""

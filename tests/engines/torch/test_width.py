@@ -97,6 +97,21 @@ def test_rows_that_are_unlikely_to_go_on_are_drafted_no_deeper(bench, prompts):
     assert deepest == {1, 2, 3, 4}
 
 
+def test_rows_that_stop_are_drafted_no_deeper_than_they_may_still_write(bench, prompts):
+    shape, limits = Shape(4, 2, 20, floor=1e-9, children=3), (5, 12)
+    engine = bench.engine(Idle(shape), 2, kind=Watched)
+    for i, limit in enumerate(limits):
+        engine.submit(Request((0, i, 0), str(i), 0, prompts[i], dataclasses.replace(GREEDY, max_tokens=limit)))
+    while engine.unfinished:
+        engine.step()
+    for prompt, limit in zip(prompts, limits, strict=False):
+        own = {before: logp for before, logp in engine.logp.items() if before[: len(prompt)] == tuple(prompt)}
+        assert len(own) >= limit - 2
+        for before, logp in own.items():
+            left = limit - (len(before) - len(prompt)) - 1
+            assert 1 + (sum(np.isfinite(logp)) - 3) // 6 == max(1, min(4, left))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("batch_size", "num_prompts", "a_node"), [(64, 64, 0.0002), (7, 24, 0.00001)], ids=["64 rows", "7 rows"]
