@@ -183,7 +183,7 @@ def report(
     from batchgen.store import connect
 
     store = connect(loaded.output.path, loaded.output.storage_options)
-    output = loaded.output.path.rstrip("/")
+    output = loaded.output.path
     groups = acceptance.by(store, output, by.split(",") if by else [])
     drift = None
     if against is not None:

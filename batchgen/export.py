@@ -85,7 +85,7 @@ def run(spec: Spec, form: str, to: str, chosen: Selection, *, states: str | None
             hidden states are wanted, or ids out of several targets' parts.
     """
     source = connect(spec.output.path, spec.output.storage_options)
-    output = spec.output.path.rstrip("/")
+    output = spec.output.path
     sink = connect(to, spec.output.storage_options)
     folder = sink.spelled(to)
     shards = {url: shard for shard, url in sorted(write.parts(source, output).items(), key=lambda item: item[1])}

@@ -91,7 +91,7 @@ def run(
         DrainedError: `draining` became true.
     """
     sink = connect(spec.output.path, spec.output.storage_options)
-    output = spec.output.path.rstrip("/")
+    output = spec.output.path
     folder = (to or f"{output}/{STATE_FOLDER}/features").rstrip("/")
     store = sink if to is None else connect(folder, spec.output.storage_options)
     target = models.fetch(spec.model.target)

@@ -86,7 +86,7 @@ class Job:
     @property
     def output(self) -> str:
         """Folder of the completions."""
-        return self.spec.output.path.rstrip("/")
+        return self.spec.output.path
 
     @functools.cached_property
     def schema(self) -> pa.Schema:

@@ -41,7 +41,7 @@ def claim(
             rows that this job would write again.
         CorruptOutputError: what the folder says of its job cannot be read.
     """
-    output = spec.output.path.rstrip("/")
+    output = spec.output.path
     columns = [f"{field.name}: {field.type}" for field in schema]
     url = f"{output}/{JOB}"
     mine = {"fingerprint": made.fingerprint, "columns": columns, "rows_per_part": spec.checkpoint.rows_per_part}

@@ -19,7 +19,17 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, PlainSerializer, Tag, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainSerializer,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from batchgen import urls
 from batchgen.errors import SpecError
@@ -238,7 +248,9 @@ class CheckpointSpec(_Part):
 class OutputSpec(_Part):
     """The table of completions."""
 
-    path: Text = Field(description="Folder for the completions; any fsspec URL or local path.")
+    path: Annotated[Text, AfterValidator(lambda path: path.rstrip("/") or path)] = Field(
+        description="Folder for the completions; any fsspec URL or local path."
+    )
     token_ids: bool = Field(default=True, description="Write token ids, the lossless source for training.")
     storage_options: StorageOptions = {}
 

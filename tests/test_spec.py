@@ -279,6 +279,14 @@ def test_braces_that_are_no_template_stay() -> None:
 # --- combinations
 
 
+def test_a_slash_at_the_end_of_the_output_is_left_out() -> None:
+    """A job would not find its own parts under another spelling."""
+    assert [load(filled(f'output: {{path: "{path}"}}\n')).output.path for path in ("gs://b/out//", "/")] == [
+        "gs://b/out",
+        "/",
+    ]
+
+
 @pytest.mark.parametrize(
     ("path", "output", "refused"),
     [

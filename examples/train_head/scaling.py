@@ -37,7 +37,7 @@ def run(*command: str) -> None:
 def train(job: str, share: float, target: str, to: Path, trainer: list[str]) -> Path:
     """The head that was trained on a share of the job's rows as they are now, with these settings."""
     output = spec.load(job, []).output
-    parts = write.parts(connect(output.path, output.storage_options), output.path.rstrip("/"))
+    parts = write.parts(connect(output.path, output.storage_options), output.path)
     settings = hashlib.sha256(" ".join([target, *trainer, *sorted(parts.values())]).encode()).hexdigest()[:8]
     data, head = to / f"set-{share:g}", to / f"head-{share:g}-{settings}"
     if not (head / "config.json").exists():
