@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -156,16 +156,6 @@ class Costs:
             drift = self.verify.refine(nodes, context, seconds)
         for other in (self.level, self.extend):
             other.scale(drift)
-
-    def step(self, *, rows: int, extend_tokens: int, level_tokens: Sequence[int], nodes: N, context: int) -> N:
-        """Seconds of a step that verifies `nodes`, the `rows` roots among them, or of one step for each count.
-
-        No `extend_tokens` and no `level_tokens` make a plain step.
-        """
-        assert np.min(nodes) >= rows, "every row verifies at least its root"
-        levels = float(self.level(np.array(level_tokens), context).sum())
-        seconds: Any = self.extend(extend_tokens, context) + levels + self.verify(nodes, context)
-        return cast("N", seconds)
 
 
 def bounded(ratio: float) -> float:

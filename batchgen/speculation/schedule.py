@@ -317,8 +317,7 @@ class Schedule:
         return Promise(shape, *(float(each[best]) for each in found))
 
     def _plain_s(self, ahead: Ahead) -> float:
-        rows = ahead.rows
-        return self._costs.step(rows=rows, extend_tokens=0, level_tokens=[], nodes=rows, context=ahead.context)
+        return float(self._costs.verify(ahead.rows, ahead.context))
 
     def _levels_s(self, shape: Draft, rows: int, context: int) -> float:
         """Seconds of all levels after the first; with a floor those expected, if rows go on independently."""

@@ -106,14 +106,6 @@ def test_context_that_was_measured_far_too_dear_is_corrected_with_the_rest():
     assert table(64, 10_000) == pytest.approx(0.2, rel=0.05)
 
 
-def test_a_step_is_the_sum_of_its_passes():
-    step = Costs(Table([1, 100], [1.0, 100.0]), Table([1, 100], [0.1, 10.0]), Table([1, 100], [0.01, 1.0]))
-    full = {"rows": 2, "extend_tokens": 3, "level_tokens": [4, 8], "context": 0}
-    assert step.step(**full, nodes=10) == pytest.approx(0.03 + 0.4 + 0.8 + 10)
-    assert step.step(**full, nodes=np.array([2, 10])) == pytest.approx([0.03 + 1.2 + 2, 0.03 + 1.2 + 10])
-    assert step.step(rows=2, extend_tokens=0, level_tokens=[], nodes=2, context=9) == 2.0
-
-
 PASSES = Costs(Table([1, 8], [0.1, 0.2], 1e-7), Table([1], [0.01]), Table([1, 2], [0.01, 0.02]))
 
 
@@ -123,8 +115,8 @@ def test_costs_come_back_as_saved_beside_those_of_whole_runs(tmp_path):
     costs.save(folder, "key", Cost(1.0, 2.0, 3))
     costs.save_costs(folder, "key", dataclasses.replace(PASSES, even=0.9))
     found = costs.load_costs(folder, "key")
-    step = {"rows": 3, "extend_tokens": 5, "level_tokens": [3, 6], "nodes": 20, "context": 1000}
-    assert found.step(**step) == PASSES.step(**step)
+    for name in ("verify", "level", "extend"):
+        assert getattr(found, name)(5, 1000) == getattr(PASSES, name)(5, 1000)
     assert found.even == 0.9
     assert costs.load(folder, "key") == Cost(1.0, 2.0, 3)
     assert len(list(folder.iterdir())) == 2, "nothing temporary is left"

@@ -53,10 +53,10 @@ def exhaustive(shape, rows, per_token, draft, context, pending, left):
     plain = per_token.verify(rows, context)
     if shape == PLAIN:
         return rows / plain
-    value, _, _, level = draft(shape)
+    value, score, _, level = draft(shape)
     path, levels_s = value(), 0.0
     for depth in range(1, shape.depth):
-        going = np.where(level == depth, path, 0).max(1) >= shape.floor
+        going = np.where((level == depth) & (path > 0), np.exp(score), 0).max(1) >= shape.floor
         path[~going] *= level[~going] <= depth
         share = going.mean()  # of the rows that are to come, each by itself
         levels_s += sum(
@@ -144,8 +144,8 @@ def test_drafting_resumes_when_it_repays_the_catch_up_in_time():
     schedule = Schedule(CHEAP)
     schedule.record(*pools(0, 8, 4, 6))
     nodes, tokens = schedule._seen.tokens(6, 4, 8)
-    step = CHEAP.step(rows=8, extend_tokens=0, level_tokens=Draft(6, 4).level_tokens(8), nodes=nodes, context=100)
-    step += CHEAP.extend(tokens, 100)
+    levels = CHEAP.level(np.array(Draft(6, 4).level_tokens(8)), 100).sum()
+    step = CHEAP.verify(nodes, 100) + levels + CHEAP.extend(tokens, 100)
     plain_s = CHEAP.verify(8, 100)
     # Seconds of catching up that the largest shape may bear at each of its next steps, and tokens at 1 us each.
     spare_s = (tokens * plain_s / 8 - step).max()
