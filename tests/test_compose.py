@@ -51,7 +51,7 @@ def test_tasks_are_put_together_of_parts(tmp_path: Path) -> None:
     assert len(set(tasks)) == 300
     assert all(any(subject in task for subject in subjects) for task in tasks)
     assert not any("{" in task for task in tasks)
-    sentences = [len(re.findall(r"[.?](?= |$)", task)) for task in tasks]
+    sentences = [len(re.findall(r'[.?]"?(?= |$)', task)) for task in tasks]
     assert min(sentences) == 1, "a request alone"
     assert sum(num >= 3 for num in sentences) > 30, "a setting, a request and a wish"
 
