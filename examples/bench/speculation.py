@@ -145,7 +145,7 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     for rows in map(int, args.rows.split(",")):
         # Few rows say little: they take several prompts one after the other.
-        requests = machine.lasting(max(rows, 24), args.max_tokens)
+        requests = machine.lasting(rows * -(-24 // rows), args.max_tokens)
         groups = [requests[i : i + rows] for i in range(0, len(requests), rows)]
 
         def turn(mode: str, rows: int = rows, groups: list[list[Request]] = groups) -> dict[str, float]:
