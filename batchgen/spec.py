@@ -8,13 +8,8 @@ Relative local paths in a job file are relative to the current directory, not to
 
 from __future__ import annotations
 
-import contextlib
-import fnmatch
 import functools
-import math
 import os
-import posixpath
-from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -31,12 +26,12 @@ from pydantic import (
     model_validator,
 )
 
-from batchgen import urls
+from batchgen import rules
 from batchgen.errors import SpecError
 from batchgen.locate import Document, Key, places
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 
 class _Part(BaseModel):
@@ -86,7 +81,6 @@ class InputSpec(_Part):
 
 
 _WITH_A_FORM: tuple[PiiEntity, ...] = ("EMAIL_ADDRESS", "PHONE_NUMBER", "CREDIT_CARD", "IBAN_CODE", "IP_ADDRESS")
-_NAMES: tuple[PiiEntity, ...] = ("PERSON", "LOCATION")
 
 
 class PiiSpec(_Part):
@@ -101,7 +95,7 @@ class PiiSpec(_Part):
     )
     project: Text | None = Field(default=None, description="dlp: Google Cloud project that is billed.")
     entities: tuple[PiiEntity, ...] = Field(
-        default_factory=lambda pii: _WITH_A_FORM + (_NAMES if pii["model"] or pii["by"] == "dlp" else ()),
+        default_factory=lambda pii: _WITH_A_FORM + (rules.NAMES if pii["model"] or pii["by"] == "dlp" else ()),
         strict=False,
         min_length=1,
         description="Kinds of personal data to look for; default: all, PERSON and LOCATION with a model or dlp only.",
@@ -280,139 +274,6 @@ class Spec(_Part):
         return self.workers.count > 1 or self.workers.address is not None
 
 
-_Rules = dict[str, Callable[[Mapping[str, Any]], bool]]
-
-# What the format has and this version has not; a later version deletes its line. "key: what to do instead": when.
-_NOT_YET: _Rules = {}
-
-# What never makes sense. "key to name: why": when. A rule is skipped when a key that it reads has a problem of its own.
-_IMPOSSIBLE: _Rules = {
-    "input: messages, prompt or turns is missing; name the column that has the prompts": lambda v: not _asked(v),
-    "input.prompt: found both messages and prompt, expected one of them": (
-        lambda v: {"messages", "prompt"} <= set(_asked(v))
-    ),
-    "input.turns: found another column of prompts besides, expected one of them": (
-        lambda v: "turns" in _asked(v) and len(_asked(v)) > 1
-    ),
-    "input.turns: an answer that a stop text ends would go on with tokens that messages do not show; leave out stop": (
-        lambda v: v["input.turns"] is not None and (bool(v["sampling.stop"]) or "stop" in v["input.sampling"])
-    ),
-    "input.system: goes with prompt or turns; with messages, the system message is one of them": (
-        lambda v: v["input.system"] is not None and v["input.messages"] is not None
-    ),
-    "input.keep: names a column twice": lambda v: len(set(v["input.keep"])) < len(v["input.keep"]),
-    "screen.pii: PERSON and LOCATION have no pattern; name a spaCy model, or use by: dlp": (
-        lambda v: bool(set(_NAMES) & set(_pii(v, "entities"))) and not (_pii(v, "model") or _pii(v, "by") == "dlp")
-    ),
-    "screen.pii: model finds PERSON and LOCATION, and entities names neither; leave one of them out": (
-        lambda v: bool(_pii(v, "model") and _pii(v, "entities")) and not set(_NAMES) & set(_pii(v, "entities"))
-    ),
-    "screen.pii: model is for presidio, and project for dlp; leave out what is not used": (
-        lambda v: bool(_pii(v, "model" if _pii(v, "by") == "dlp" else "project"))
-    ),
-    "screen.pii: by: dlp needs project, the Google Cloud project that is billed": (
-        lambda v: _pii(v, "by") == "dlp" and not _pii(v, "project")
-    ),
-    "engine.options: the torch engine takes none; they are for vllm and rehearsal": (
-        lambda v: v["engine.kind"] == "torch" and v["engine.options"] != {}
-    ),
-    "engine.device: the rehearsal engine runs no model; leave it out": (
-        lambda v: v["engine.kind"] == "rehearsal" and v["engine.device"] != "auto"
-    ),
-    "speculation.tree: vLLM drafts chains; use width 1, auto or off": (
-        lambda v: v["engine.kind"] == "vllm" and _width(v["speculation.tree"]) > 1
-    ),
-    "speculation.tree: a tree needs a draft head; set model.draft, or use auto or off": (
-        lambda v: isinstance(v["speculation.tree"], dict) and not _drafts(v)
-    ),
-    "speculation.min_acceptance: nothing is drafted without a draft head; set model.draft or leave this out": (
-        lambda v: v["speculation.min_acceptance"] is not None and not _drafts(v)
-    ),
-    "engine.options: speculative_config names ngram or suffix, which draft without a head; leave model.draft out": (
-        lambda v: v["model.draft"] is not None and _method(v) in ("ngram", "suffix")
-    ),
-    "engine.options: speculative_config needs model.draft, unless its method is ngram or suffix": (
-        lambda v: v["model.draft"] is None and _method(v) not in (None, "ngram", "suffix")
-    ),
-    "speculation.min_acceptance: nothing is drafted with speculation.tree: off; leave one of them out": (
-        lambda v: v["speculation.min_acceptance"] is not None and v["speculation.tree"] == "off"
-    ),
-    "speculation.max_drift: nothing is drafted without a draft head, or with tree: off; leave it out": (
-        lambda v: v["speculation.max_drift"] is not None and (not _drafts(v) or v["speculation.tree"] == "off")
-    ),
-    "speculation.below_min: has no effect without speculation.min_acceptance": (
-        lambda v: v["speculation.below_min"] != "warn" and v["speculation.min_acceptance"] is None
-    ),
-    "sampling.n: at temperature 0 all samples of a row are equal; raise sampling.temperature or use 1": (
-        lambda v: v["sampling.n"] > 1 and v["sampling.temperature"] == 0 and "temperature" not in v["input.sampling"]
-    ),
-    "workers.gpus: is for Ray workers; leave it out, or set workers.count or workers.address": (
-        lambda v: v["workers.gpus"] is not None and not _on_ray(v)
-    ),
-    "workers.gpus: a worker has whole GPUs or a part of one": (
-        lambda v: v["workers.gpus"] is not None and v["workers.gpus"] > 1 and v["workers.gpus"] % 1 > 0
-    ),
-    "workers.gpus: engine.device is cpu; leave one of them out": (
-        lambda v: bool(v["workers.gpus"]) and v["engine.device"] == "cpu"
-    ),
-    "workers.cpus: is for Ray workers; leave it out, or set workers.count or workers.address": (
-        lambda v: v["workers.cpus"] is not None and not _on_ray(v)
-    ),
-    "workers.gpus: the tensor- and pipeline-parallel sizes in engine.options need as many GPUs for each worker": (
-        lambda v: _on_ray(v) and _parallel(v) > 1 and v["workers.gpus"] != _parallel(v)
-    ),
-    "workers: memory:// is one process's own; use another path, or one worker": (
-        lambda v: _on_ray(v) and "memory://" in (v["input.path"][:9], v["output.path"][:9])
-    ),
-    "input.path: a URL with a signature or password would stand in logs and in the output; use storage_options": (
-        lambda v: urls.holds_secret(v["input.path"])
-    ),
-    "output.path: a URL with a signature or password would stand in logs; use storage_options": (
-        lambda v: urls.holds_secret(v["output.path"])
-    ),
-    "output.path: rows are safe only where a create is atomic: gs://, s3://, az:// or a local path": (
-        lambda v: urls.scheme(v["output.path"]) not in urls.WRITABLE
-    ),
-    "output.path: is one folder; * and ? are not allowed": lambda v: bool(set("*?") & set(v["output.path"])),
-    "output.path: input.path would find what is written there; choose a folder that it does not reach": (
-        lambda v: _finds(v["input.path"], v["output.path"])
-    ),
-}
-
-
-def _asked(v: Mapping[str, Any]) -> list[str]:
-    """Which keys name a column of prompts."""
-    return [name for name in ("messages", "prompt", "turns") if v[f"input.{name}"] is not None]
-
-
-def _pii(v: Mapping[str, Any], name: str) -> Any:
-    return v["screen.pii"].get(name, ()) if isinstance(v["screen.pii"], dict) else ()
-
-
-def _method(v: Mapping[str, Any]) -> str | None:
-    """What vLLM is told to draft by in engine.options, None if it is not told to."""
-    speculative = v["engine.options"].get("speculative_config") if v["engine.kind"] == "vllm" else None
-    return str(speculative.get("method", "eagle3")) if isinstance(speculative, dict) else None
-
-
-def _on_ray(v: Mapping[str, Any]) -> bool:
-    return v["workers.count"] > 1 or v["workers.address"] is not None
-
-
-def _parallel(v: Mapping[str, Any]) -> int:
-    """GPUs that one vLLM engine takes."""
-    sizes = [v["engine.options"].get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline")]
-    return math.prod(size for size in sizes if isinstance(size, int)) if v["engine.kind"] == "vllm" else 1
-
-
-def _width(tree: Any) -> int:
-    return int(tree.get("width", 1)) if isinstance(tree, dict) else 1
-
-
-def _drafts(v: Mapping[str, Any]) -> bool:
-    return v["model.draft"] is not None or _method(v) is not None
-
-
 _NOT_OFFERED: dict[Key, str] = {
     ("input", "sampling", "n"): "cannot differ by row, as the number of output rows must be known beforehand",
     ("model", "trust_remote_code"): "not offered; batchgen runs no code that comes with a model",
@@ -450,12 +311,8 @@ def load(
         spec = Spec.model_validate(document.value)
     except ValidationError as error:
         _blame(document, error)
-    values = document.values()
-    for message, broken in (_NOT_YET | _IMPOSSIBLE).items():
-        key, _, why = message.partition(": ")
-        with contextlib.suppress(KeyError):
-            if broken(values):
-                document.blame(tuple(key.split(".")), why)
+    for key, why in rules.broken(document.values()):
+        document.blame(tuple(key.split(".")), why)
     if spec is None or document.problems:
         raise SpecError(*document.problems)
     return spec
@@ -485,23 +342,3 @@ def _blame(document: Document, error: ValidationError) -> None:
             document.blame(key, str(problem["ctx"]["error"]))
         else:
             document.blame_value(key, missing=problem["type"] == "missing")
-
-
-def _finds(pattern: str, folder: str) -> bool:
-    """Whether `pattern`, a file, folder or glob, finds a part written to `folder`."""
-
-    def parts(path: str) -> list[str]:
-        kind, below = urls.scheme(path), path.partition("://")[2] or path
-        path = f"{kind}://{below}" if kind else str(Path(below).expanduser().absolute())
-        return posixpath.normpath(path).rstrip("/").split("/")
-
-    def match(names: list[str], globs: list[str]) -> bool:
-        if globs[:1] == ["**"]:
-            return any(match(names[skip:], globs[1:]) for skip in range(len(names) + 1))
-        if not names or not globs:
-            return not names and not globs
-        return fnmatch.fnmatchcase(names[0], globs[0]) and match(names[1:], globs[1:])
-
-    # A folder may be called like a file: Spark writes `data.parquet/part-0.parquet`.
-    whole = [] if set("*?[") & set(pattern) else ["**"]
-    return match([*parts(folder), "part-00000-0123456789abcdef.parquet"], parts(pattern) + whole)

@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"batchgen_kernels"},
     {"errors", "locate", "urls"},
-    {"spec", "record", "filesystems", "hub", "models", "provenance", "speculation"},
-    {"store"},
+    {"rules", "record", "filesystems", "hub", "models", "provenance", "speculation"},
+    {"spec", "store"},
     {"claim", "pii"},
     {"plan", "read", "screen", "render", "generate", "journal", "write", "lease", "tally"},
     {"engines", "dedupe", "ownership"},

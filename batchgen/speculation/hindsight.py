@@ -69,8 +69,7 @@ class Hindsight:
     """The newest drafted rows, `KEPT_ROWS` or a draft more, as beams of the given `widths` would have drafted them.
 
     With a `floor`, a row is drafted below a level only where the head takes its likeliest path of that length for that
-    likely.
-    `depth` is the deepest level on record.
+    likely. `depth` is the deepest level on record.
     """
 
     def __init__(self, widths: Sequence[int]) -> None:

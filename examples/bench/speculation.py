@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 EXAMPLES = Path(__file__).parents[1]
 SETS = ("mt_bench", "eagle_gsm8k", "eagle_humaneval")
+# That a mode decodes at least: of few, what is accepted is uncertain by some percent.
+PROMPTS = 24
 MODES = ("plain", "chain-1", "chain-2", "chain-3", "chain-4", "chain-5", "tree-3x2x4", "tree-4x4x12", "auto")
 
 
@@ -144,8 +146,7 @@ def main() -> None:
     machine = Machine(args.dtype, args.device)
     results: list[dict[str, Any]] = []
     for rows in map(int, args.rows.split(",")):
-        # Few rows say little: they take several prompts one after the other.
-        requests = machine.lasting(rows * -(-24 // rows), args.max_tokens)
+        requests = machine.lasting(rows * -(-PROMPTS // rows), args.max_tokens)
         groups = [requests[i : i + rows] for i in range(0, len(requests), rows)]
 
         def turn(mode: str, rows: int = rows, groups: list[list[Request]] = groups) -> dict[str, float]:

@@ -138,6 +138,13 @@ def test_decisions_are_kept_until_something_changes():
     schedule._costs = CHEAP
     schedule.record(*pools(0, 8, 4, 6))
     assert schedule.choose(ahead(8, 8, 100)).draft == before
+    for _ in range(FIRST_ROWS):
+        schedule.record(*pools(0, 8, 4, 6))
+    schedule.choose(ahead(8, 8, 100))
+    schedule._costs = DEAR
+    schedule.record(*pools(0, 8, 4, 6))
+    schedule.revalue()
+    assert schedule.choose(ahead(8, 8, 100)).draft == before, "what is learned later waits"
 
 
 def test_drafting_resumes_when_it_repays_the_catch_up_in_time():
