@@ -28,7 +28,8 @@ _LENGTHS = {"length": "completion_tokens", "prompt_length": "prompt_tokens"}
 # Not a column but a part of a row.
 _POSITION = "position"
 _COUNTS = ("completion_tokens", "target_steps", "draft_steps", "draft_tokens", "accepted_tokens")
-_COLUMNS = ("row_id", "sample", "status", "prompt_tokens", *_COUNTS, "accepted_per_depth")
+_DEPTHS = ("drafted_per_depth", "accepted_per_depth")
+_COLUMNS = ("row_id", "sample", "status", "prompt_tokens", *_COUNTS, *_DEPTHS)
 # Of rows that are conversations a list, of which one leaf tells the length.
 _ANSWERS, _LEAF = "answers", "answers.list.element.start"
 # Enough rows to tell a drift by, and not a night's work.
@@ -44,7 +45,7 @@ class Group:
     rate: accepted / drafted tokens, None where nothing was drafted; `error` is what it is uncertain by (95 %), None
         of one row, which cannot tell
     length: tokens a target pass, bonus token included
-    by_depth: share of drafting passes that accepted the token at depth 1, 2, ...
+    by_depth: of passes that verified a draft token at depth 1, 2, ... the share that accepted one
     passes_share: of the job's target passes, how many went into these rows: where a better head would help most
     """
 
@@ -114,9 +115,10 @@ def _sums(frame: pl.DataFrame, names: Sequence[str]) -> pl.DataFrame:
     sums = [pl.len().alias("rows"), *(pl.col(name).cast(pl.Int64).sum() for name in (_ANSWERS, *_COUNTS))]
     a, d = pl.col("accepted_tokens").cast(pl.Float64), pl.col("draft_tokens").cast(pl.Float64)
     sums += [(a * a).sum().alias("aa"), (a * d).sum().alias("ad"), (d * d).sum().alias("dd")]
-    deepest = int(frame["accepted_per_depth"].list.len().max() or 0)  # type: ignore[arg-type]
-    depth = pl.col("accepted_per_depth").list
-    sums += [depth.get(i, null_on_oob=True).cast(pl.Int64).sum().alias(f"depth {i:02d}") for i in range(deepest)]
+    deepest = int(frame["drafted_per_depth"].list.len().max() or 0)  # type: ignore[arg-type]
+    for i in range(deepest):
+        for name in _DEPTHS:
+            sums.append(pl.col(name).list.get(i, null_on_oob=True).cast(pl.Int64).sum().alias(f"{name} {i}"))
     return frame.group_by(names).agg(sums) if names else frame.select(sums)
 
 
@@ -195,9 +197,9 @@ def _group(name: str, row: dict[str, Any], total: dict[str, Any]) -> Group:
     if rate is not None and row["rows"] > 1:
         residuals = max(0.0, row["aa"] - 2 * rate * row["ad"] + rate**2 * row["dd"])
         error = CONFIDENCE * math.sqrt(residuals * row["rows"] / (row["rows"] - 1)) / drafted
-    depths = [row[key] / row["draft_steps"] for key in sorted(row) if key.startswith("depth ") and row["draft_steps"]]
-    while depths and not depths[-1]:
-        depths.pop()
+    depths: list[float] = []
+    while num_drafted := row.get(f"drafted_per_depth {len(depths)}"):
+        depths.append(row[f"accepted_per_depth {len(depths)}"] / num_drafted)
     return Group(
         name=name,
         rows=row["rows"],
@@ -226,7 +228,7 @@ def _by_position(frame: pl.DataFrame) -> pl.DataFrame:
     first = pl.when(pl.col("place") > 0).then(STRETCH_TOKENS * 2 ** (pl.col("place") - 1)).otherwise(0).cast(pl.Int64)
     replaced = [*fields, tokens.alias("completion_tokens"), pl.lit(0).alias(_ANSWERS)]
     replaced.append(pl.format("from {}", first).alias(f"by {_POSITION}"))
-    return found.with_columns(*replaced, pl.lit([], pl.List(pl.Int32)).alias("accepted_per_depth"))
+    return found.with_columns(*replaced, pl.lit([], pl.List(pl.Int32)).alias("drafted_per_depth"))
 
 
 def _bucket(name: str) -> pl.Expr:

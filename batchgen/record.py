@@ -166,20 +166,33 @@ class Stretch(NamedTuple):
 class Acceptance:
     """What speculation did for one sample.
 
-    `target_steps` counts target forward passes after prefill in which the sample took part, `draft_steps` those that
-    had drafted tokens; `accepted_per_depth[d]` counts kept draft tokens at depth d + 1 (the root is depth 0).
+    `target_steps` counts target forward passes after prefill in which the sample took part; `drafted_per_depth[d]`
+    those that verified a draft token at depth d + 1 (the root is depth 0), `accepted_per_depth[d]` those that kept one.
     """
 
     target_steps: int = 0
-    draft_steps: int = 0
     draft_tokens: int = 0
+    drafted_per_depth: list[int] = dataclasses.field(default_factory=list)
     accepted_per_depth: list[int] = dataclasses.field(default_factory=list)
     by_position: list[Stretch] = dataclasses.field(default_factory=list)
+
+    @property
+    def draft_steps(self) -> int:
+        """Target passes that had drafted tokens."""
+        return self.drafted_per_depth[0] if self.drafted_per_depth else 0
 
     @property
     def accepted_tokens(self) -> int:
         """Draft tokens that are part of the completion."""
         return sum(self.accepted_per_depth)
+
+    def drafted(self, tokens: int, deepest: int, accepted: int) -> None:
+        """Count what a target pass verified, of which the first `accepted` levels of `deepest` were kept."""
+        self.draft_tokens += tokens
+        for per_depth, levels in ((self.drafted_per_depth, deepest), (self.accepted_per_depth, accepted)):
+            per_depth.extend([0] * (deepest - len(per_depth)))
+            for level in range(levels):
+                per_depth[level] += 1
 
     def note(self, position: int, drafted: int, accepted: int) -> None:
         """Count a target pass whose first token is output token `position` (0 for the first) in `by_position`."""
@@ -240,6 +253,7 @@ _FACTS = (
     ("accepted_tokens", "int32"),
     ("acceptance_rate", "float32"),
     ("acceptance_length", "float32"),
+    ("drafted_per_depth", "list<int32>"),
     ("accepted_per_depth", "list<int32>"),
     ("by_position", "stretches"),
     ("queue_s", "float32"),
@@ -318,6 +332,7 @@ def finished(
         "accepted_tokens": acceptance.accepted_tokens,
         "acceptance_rate": acceptance.accepted_tokens / drafted if drafted else None,
         "acceptance_length": passes / acceptance.target_steps if acceptance.target_steps else None,
+        "drafted_per_depth": acceptance.drafted_per_depth,
         "accepted_per_depth": acceptance.accepted_per_depth,
         "by_position": [stretch._asdict() for stretch in acceptance.by_position] or None,
         "queue_s": sum(each.queue_s for each in done),
@@ -330,13 +345,14 @@ def finished(
 
 
 def _sum(of: list[Acceptance]) -> Acceptance:
-    depths = itertools.zip_longest(*(each.accepted_per_depth for each in of), fillvalue=0)
+    drafted = itertools.zip_longest(*(each.drafted_per_depth for each in of), fillvalue=0)
+    accepted = itertools.zip_longest(*(each.accepted_per_depth for each in of), fillvalue=0)
     stretches = itertools.zip_longest(*(each.by_position for each in of), fillvalue=Stretch())
     return Acceptance(
         sum(each.target_steps for each in of),
-        sum(each.draft_steps for each in of),
         sum(each.draft_tokens for each in of),
-        [sum(counts) for counts in depths],
+        [sum(counts) for counts in drafted],
+        [sum(counts) for counts in accepted],
         [sum(some, Stretch()) for some in stretches],
     )
 

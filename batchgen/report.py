@@ -48,9 +48,10 @@ _SUMS = [
 ]
 # Of rows that are conversations.
 _LEAF = "answers.list.element.start"
-_COLUMNS = [*_KEY, "status", "error_type", *_SUMS, "accepted_per_depth"]
+_DEPTHS = ["drafted_per_depth", "accepted_per_depth"]
+_COLUMNS = [*_KEY, "status", "error_type", *_SUMS, *_DEPTHS]
 # Of each part that was read once, in `RECONCILED`; "hashes" are those of its keys.
-_FACTS = {"ok", "error", "skipped", "answers", *_SUMS, "reasons", "accepted_per_depth", "hashes"}
+_FACTS = {"ok", "error", "skipped", "answers", *_SUMS, "reasons", *_DEPTHS, "hashes"}
 # 8 bytes each; where there are more, parts are read again.
 _KEPT_ROWS = 2**24
 _DIGEST_BYTES = 32
@@ -75,6 +76,7 @@ class Summary(Rates):
     draft_steps: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    drafted_per_depth: list[int] = dataclasses.field(default_factory=list)
     accepted_per_depth: list[int] = dataclasses.field(default_factory=list)
     problems: list[str] = dataclasses.field(default_factory=list)
 
@@ -184,7 +186,7 @@ def _keep(store: Store, output: str, known: dict[str, dict[str, Any]]) -> None:
 
     if sum(len(facts["hashes"]) for facts in known.values()) > _KEPT_ROWS:
         return
-    lists = {"accepted_per_depth": pl.List(pl.Int64), "hashes": pl.List(pl.UInt64)}
+    lists = {"hashes": pl.List(pl.UInt64)} | dict.fromkeys(_DEPTHS, pl.List(pl.Int64))
     frame = pl.DataFrame(list(known.values()), schema_overrides=lists, infer_schema_length=None)
     sink = io.BytesIO()
     frame.write_parquet(sink, compression="uncompressed", metadata={_PROBE.decode(): _probe().decode()})
@@ -254,10 +256,13 @@ def _facts(table: pa.Table) -> dict[str, Any]:
     facts["answers"] = ok.num_rows
     if "answers" in ok.column_names:
         facts["answers"] = pc.sum(pc.list_value_length(ok["answers"])).as_py() or 0
-    depths = ok["accepted_per_depth"]
-    deepest = pc.max(pc.list_value_length(depths)).as_py() or 0
-    each = (pc.list_flatten(pc.list_slice(depths, depth, depth + 1)) for depth in range(deepest))
-    return facts | {"accepted_per_depth": [pc.sum(counts).as_py() for counts in each]}
+    return facts | {name: _by_depth(ok[name]) for name in _DEPTHS}
+
+
+def _by_depth(counts: pa.ChunkedArray) -> list[int]:
+    deepest = pc.max(pc.list_value_length(counts)).as_py() or 0
+    each = (pc.list_flatten(pc.list_slice(counts, depth, depth + 1)) for depth in range(deepest))
+    return [pc.sum(of_depth).as_py() for of_depth in each]
 
 
 def _add(summary: Summary, facts: dict[str, Any]) -> None:
@@ -266,8 +271,9 @@ def _add(summary: Summary, facts: dict[str, Any]) -> None:
         setattr(summary, name, getattr(summary, name) + facts[name])
     for reason, count in json.loads(facts["reasons"]).items():
         summary.reasons[reason] = summary.reasons.get(reason, 0) + count
-    pairs = itertools.zip_longest(summary.accepted_per_depth, facts["accepted_per_depth"], fillvalue=0)
-    summary.accepted_per_depth = [a + b for a, b in pairs]
+    for name in _DEPTHS:
+        pairs = itertools.zip_longest(getattr(summary, name), facts[name], fillvalue=0)
+        setattr(summary, name, [a + b for a, b in pairs])
 
 
 def save(store: Store, output: str, summary: Summary, facts: dict[str, Any]) -> None:

@@ -158,7 +158,8 @@ def outcome(result: Outcome) -> str:
         resumed += f", {tally.standing:,} rows left as they stood" if tally.standing else ""
         lines.append(f"{tally.completion_tokens:,} tokens at {tally.tokens_per_s:,.0f} tokens/s{resumed}")
     if s.acceptance_rate is not None and s.acceptance_length is not None:
-        depths = " ".join(f"{count / s.draft_steps:.3f}" for count in s.accepted_per_depth)
+        per_depth = zip(s.accepted_per_depth, s.drafted_per_depth, strict=True)
+        depths = " ".join(f"{accepted / drafted:.3f}" for accepted, drafted in per_depth)
         lines.append(
             f"acceptance rate {s.acceptance_rate:.3f}, acceptance length {s.acceptance_length:.2f} tokens per target "
             f"pass, by depth {depths}"

@@ -24,11 +24,14 @@ DEPTH = 3
 
 
 def row(at: int, rng: random.Random, rate: float, *, drafted: bool = True) -> dict:
-    """An output row of a chain of three whose tokens are accepted at `rate`, which rows scatter around."""
-    steps, depths = rng.randint(1, 40), [0] * DEPTH
+    """An output row of chains of up to three tokens, accepted at `rate`, which rows scatter around."""
+    steps, asked, depths = rng.randint(1, 40), [0] * DEPTH, [0] * DEPTH
     mine = min(1.0, max(0.0, rng.gauss(rate, 0.15)))
-    for _ in range(steps if drafted else 0):
-        for depth in range(DEPTH):
+    for step in range(steps if drafted else 0):
+        length = DEPTH if step == 0 else rng.randint(1, DEPTH)
+        for depth in range(length):
+            asked[depth] += 1
+        for depth in range(length):
             if rng.random() > mine:
                 break
             depths[depth] += 1
@@ -42,8 +45,9 @@ def row(at: int, rng: random.Random, rate: float, *, drafted: bool = True) -> di
         "completion_tokens": tokens,
         "target_steps": steps,
         "draft_steps": steps if drafted else 0,
-        "draft_tokens": steps * DEPTH if drafted else 0,
+        "draft_tokens": sum(asked),
         "accepted_tokens": sum(depths),
+        "drafted_per_depth": asked[: DEPTH - at % 2],
         "accepted_per_depth": depths[: DEPTH - at % 2],
     }
 
@@ -78,8 +82,11 @@ def test_a_groups_figures_are_those_of_its_rows(tmp_path_factory, seed, count, s
         assert (group.error is None) == (group.rows == 1)
         assert group.length == pytest.approx(sum(r["completion_tokens"] - 1 for r in mine) / steps)
         for depth, share in enumerate(group.by_depth):
-            kept = sum(sum(r["accepted_per_depth"][depth : depth + 1]) for r in mine)
-            assert share == pytest.approx(kept / sum(r["draft_steps"] for r in mine))
+            kept, asked = (
+                sum(sum(r[f"{what}_per_depth"][depth : depth + 1]) for r in mine) for what in ("accepted", "drafted")
+            )
+            assert share == pytest.approx(kept / asked)
+        assert len(group.by_depth) == max(len(r["drafted_per_depth"]) for r in mine)
 
 
 def test_by_position_a_row_counts_where_it_ran(tmp_path):

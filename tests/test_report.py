@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SCHEMA = record.output_schema([])
 SUMS = ("prompt_tokens", "completion_tokens", "target_steps", "draft_steps", "draft_tokens", "accepted_tokens")
+DEPTHS = ("drafted_per_depth", "accepted_per_depth")
 SHARDS = [Shard(i, f"in/{i}.parquet", "1", 0, 4, "f") for i in range(3)]
 
 
@@ -118,7 +119,7 @@ ROWS = st.fixed_dictionaries(
     {
         "status": st.sampled_from(["ok", "ok", "error", "skipped"]),
         "error_type": st.sampled_from([None, "too_long", "bad_id"]),
-        "accepted_per_depth": st.none() | st.lists(st.integers(0, 2**31 - 1), max_size=4),
+        **dict.fromkeys(DEPTHS, st.none() | st.lists(st.integers(0, 2**31 - 1), max_size=4)),
         **dict.fromkeys(SUMS, NUMBERS),
     }
 )
@@ -132,9 +133,10 @@ def test_sums_are_those_of_plain_counting(tmp_path_factory: pytest.TempPathFacto
     ok = [one for one in rows if one["status"] == "ok"]
     for name in SUMS:
         assert getattr(summary, name) == sum(one[name] or 0 for one in ok), name
-    depths = [one["accepted_per_depth"] or [] for one in ok]
-    deepest = max(map(len, depths), default=0)
-    assert summary.accepted_per_depth == [sum(d[i] for d in depths if i < len(d)) for i in range(deepest)]
+    for name in DEPTHS:
+        depths = [one[name] or [] for one in ok]
+        deepest = max(map(len, depths), default=0)
+        assert getattr(summary, name) == [sum(d[i] for d in depths if i < len(d)) for i in range(deepest)], name
     assert summary.problems == []
     for status in ("ok", "error", "skipped"):
         assert getattr(summary, status) == sum(one["status"] == status for one in rows)

@@ -347,17 +347,13 @@ def _acceptance(steps: int, counted: Any) -> Acceptance:
     """Of `RequestSpecDecodeMetrics`; accepted tokens that the row's end then cut off are counted, as vLLM does."""
     if counted is None:
         return Acceptance(target_steps=steps)
-    most = max(counted.per_step_accepted, default=0)
-    draft_steps = sum(drafted > 0 for drafted in counted.per_step_drafted)
-    acceptance = Acceptance(
-        # A prompt of which all but one token was cached is read by a step that vLLM fills with drafts.
-        target_steps=max(steps, draft_steps),
-        draft_steps=draft_steps,
-        draft_tokens=counted.num_draft_tokens,
-        accepted_per_depth=[sum(num > depth for num in counted.per_step_accepted) for depth in range(most)],
-    )
+    acceptance = Acceptance()
+    for drafted, accepted in zip(counted.per_step_drafted, counted.per_step_accepted, strict=True):
+        acceptance.drafted(drafted, drafted, accepted)
+    # A prompt of which all but one token was cached is read by a step that vLLM fills with drafts.
+    acceptance.target_steps = max(steps, acceptance.draft_steps)
     # Of steps without drafts vLLM tells nothing, so where there were some, positions are not known.
-    if draft_steps == acceptance.target_steps:
+    if acceptance.draft_steps == acceptance.target_steps:
         position = 1
         for drafted, accepted in zip(counted.per_step_drafted, counted.per_step_accepted, strict=True):
             acceptance.note(position, drafted, accepted)

@@ -290,13 +290,9 @@ class TorchEngine:
         for row, num_nodes, deepest, num, tokens in zip(rows, trees.counts().tolist(), depths, *emitted, strict=True):
             stats, num_drafted, position = row.acceptance, num_nodes - 1, row.num_output
             stats.target_steps += 1
-            stats.draft_steps += num_drafted > 0
-            stats.draft_tokens += num_drafted
             num_kept = min(num - 1, self._append(row, tokens[:num]))
             stats.note(position, num_drafted, num_kept)
-            stats.accepted_per_depth += [0] * (deepest - len(stats.accepted_per_depth))
-            for depth in range(num_kept):
-                stats.accepted_per_depth[depth] += 1
+            stats.drafted(num_drafted, deepest, num_kept)
 
     def _append(self, row: Row, tokens: list[int]) -> int:
         num_kept = row.append(tokens, self._target.eos_token_ids, self._decode)

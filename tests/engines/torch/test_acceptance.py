@@ -31,6 +31,10 @@ def test_acceptance_by_depth_of_a_greedy_chain_equals_vllms(bench):
     assert len(done) == 32 * len(MEASURED_BY_VLLM)
     for name, rates in MEASURED_BY_VLLM.items():
         rows = [c.acceptance for c in done if c.key[0] == name]
-        steps = sum(row.draft_steps for row in rows)
-        accepted = [sum(sum(row.accepted_per_depth[d : d + 1]) for row in rows) for d in range(4)]
-        assert [count / steps for count in accepted] == pytest.approx(rates, abs=0.02), name
+        accepted, drafted = (
+            [sum(sum(per_depth[d : d + 1]) for per_depth in each) for d in range(4)]
+            for each in ([row.accepted_per_depth for row in rows], [row.drafted_per_depth for row in rows])
+        )
+        found = [kept / asked for kept, asked in zip(accepted, drafted, strict=True)]
+        assert found == pytest.approx(rates, abs=0.02), name
+        assert sum(found) == pytest.approx(sum(rates), abs=0.02), name

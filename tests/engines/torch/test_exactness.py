@@ -85,6 +85,8 @@ def test_counts_add_up(bench, prompts, tree):
             assert len(c.token_ids) - 1 == a.target_steps
         else:
             assert a.accepted_per_depth == sorted(a.accepted_per_depth, reverse=True), "depth 2 implies depth 1"
+            assert a.drafted_per_depth == sorted(a.drafted_per_depth, reverse=True), "depth 2 implies depth 1"
+            assert all(kept <= of for kept, of in zip(a.accepted_per_depth, a.drafted_per_depth, strict=True))
 
 
 def test_stop_strings_and_stop_ids_end_a_row_where_plain_decoding_meets_them(bench, prompts):
