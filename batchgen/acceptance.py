@@ -219,7 +219,7 @@ def _by_position(frame: pl.DataFrame) -> pl.DataFrame:
     stretch = pl.col("by_position").struct
     fields = [stretch.field(name) for name in Stretch._fields]
     # Each pass gives a token beside the accepted ones.
-    tokens = stretch.field("accepted_tokens") + stretch.field("target_steps")
+    tokens = pl.sum_horizontal(map(stretch.field, ("accepted_tokens", "accepted_lookup_tokens", "target_steps")))
     found = (
         frame.with_columns(pl.int_ranges(pl.col("by_position").list.len()).alias("place"))
         .explode("by_position", "place")

@@ -157,6 +157,7 @@ class Stretch(NamedTuple):
     draft_steps: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    accepted_lookup_tokens: int = 0
 
     def __add__(self, other: Stretch) -> Stretch:  # type: ignore[override]
         return Stretch(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
@@ -164,7 +165,7 @@ class Stretch(NamedTuple):
 
 @dataclasses.dataclass(slots=True)
 class Acceptance:
-    """What speculation did for one sample.
+    """What speculation did for one sample: what is drafted is the head's, what only a lookup gave is counted apart.
 
     `target_steps` counts target forward passes after prefill in which the sample took part; `drafted_per_depth[d]`
     those that verified a draft token at depth d + 1 (the root is depth 0), `accepted_per_depth[d]` those that kept one.
@@ -175,6 +176,8 @@ class Acceptance:
     drafted_per_depth: list[int] = dataclasses.field(default_factory=list)
     accepted_per_depth: list[int] = dataclasses.field(default_factory=list)
     by_position: list[Stretch] = dataclasses.field(default_factory=list)
+    lookup_tokens: int = 0
+    accepted_lookup_tokens: int = 0
 
     @property
     def draft_steps(self) -> int:
@@ -187,21 +190,27 @@ class Acceptance:
         return sum(self.accepted_per_depth)
 
     def drafted(self, tokens: int, deepest: int, accepted: int) -> None:
-        """Count what a target pass verified, of which the first `accepted` levels of `deepest` were kept."""
+        """Count what a target pass verified of the head's: of `deepest` levels the first `accepted` were kept."""
         self.draft_tokens += tokens
         for per_depth, levels in ((self.drafted_per_depth, deepest), (self.accepted_per_depth, accepted)):
             per_depth.extend([0] * (deepest - len(per_depth)))
             for level in range(levels):
                 per_depth[level] += 1
 
-    def note(self, position: int, drafted: int, accepted: int) -> None:
-        """Count a target pass whose first token is output token `position` (0 for the first) in `by_position`."""
+    def looked_up(self, tokens: int, accepted: int) -> None:
+        """Count what a target pass verified that only a lookup gave, and what it kept of it."""
+        self.lookup_tokens += tokens
+        self.accepted_lookup_tokens += accepted
+
+    def note(self, position: int, drafted: int, accepted: int, looked_up: int = 0) -> None:
+        """Count a target pass whose first token is output token `position` (0 for the first) in `by_position`.
+
+        It kept `accepted` of `drafted` tokens, and `looked_up` that only a lookup gave.
+        """
         place = (position // STRETCH_TOKENS).bit_length()
         while len(self.by_position) <= place:
             self.by_position.append(Stretch())
-        steps, drafting, all_drafted, all_accepted = self.by_position[place]
-        counts = (steps + 1, drafting + (drafted > 0), all_drafted + drafted, all_accepted + accepted)
-        self.by_position[place] = Stretch(*counts)
+        self.by_position[place] += Stretch(1, int(drafted > 0), drafted, accepted, looked_up)
 
 
 @dataclasses.dataclass(slots=True)
@@ -255,6 +264,8 @@ _FACTS = (
     ("acceptance_length", "float32"),
     ("drafted_per_depth", "list<int32>"),
     ("accepted_per_depth", "list<int32>"),
+    ("lookup_tokens", "int32"),
+    ("accepted_lookup_tokens", "int32"),
     ("by_position", "stretches"),
     ("queue_s", "float32"),
     ("prefill_s", "float32"),
@@ -334,6 +345,8 @@ def finished(
         "acceptance_length": passes / acceptance.target_steps if acceptance.target_steps else None,
         "drafted_per_depth": acceptance.drafted_per_depth,
         "accepted_per_depth": acceptance.accepted_per_depth,
+        "lookup_tokens": acceptance.lookup_tokens,
+        "accepted_lookup_tokens": acceptance.accepted_lookup_tokens,
         "by_position": [stretch._asdict() for stretch in acceptance.by_position] or None,
         "queue_s": sum(each.queue_s for each in done),
         "prefill_s": sum(each.prefill_s for each in done),
@@ -354,6 +367,8 @@ def _sum(of: list[Acceptance]) -> Acceptance:
         [sum(counts) for counts in drafted],
         [sum(counts) for counts in accepted],
         [sum(some, Stretch()) for some in stretches],
+        sum(each.lookup_tokens for each in of),
+        sum(each.accepted_lookup_tokens for each in of),
     )
 
 

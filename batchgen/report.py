@@ -45,6 +45,8 @@ _SUMS = [
     "draft_steps",
     "draft_tokens",
     "accepted_tokens",
+    "lookup_tokens",
+    "accepted_lookup_tokens",
 ]
 # Of rows that are conversations.
 _LEAF = "answers.list.element.start"
@@ -76,6 +78,8 @@ class Summary(Rates):
     draft_steps: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    lookup_tokens: int = 0
+    accepted_lookup_tokens: int = 0
     drafted_per_depth: list[int] = dataclasses.field(default_factory=list)
     accepted_per_depth: list[int] = dataclasses.field(default_factory=list)
     problems: list[str] = dataclasses.field(default_factory=list)

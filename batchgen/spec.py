@@ -178,6 +178,9 @@ class SpeculationSpec(_Part):
     tree: Annotated[Annotated[Literal["auto", "off"], _WORD] | Annotated[Tree, _MAPPING], _WORD_OR_MAPPING] = Field(
         default="auto", description="auto: what pays, step by step; off: no drafting; or a fixed shape."
     )
+    lookup: bool = Field(
+        default=True, description="With auto, on the torch engine: verify what a row repeats of its own text, too."
+    )
     min_acceptance: float | None = Field(
         default=None, ge=0, le=1, description="Least share of drafted tokens to be accepted."
     )

@@ -164,6 +164,9 @@ def outcome(result: Outcome) -> str:
             f"acceptance rate {s.acceptance_rate:.3f}, acceptance length {s.acceptance_length:.2f} tokens per target "
             f"pass, by depth {depths}"
         )
+    if s.lookup_tokens:
+        kept, of_all = s.accepted_lookup_tokens / s.lookup_tokens, s.accepted_lookup_tokens / s.completion_tokens
+        lines.append(f"looked up beside the head: {kept:.3f} of {s.lookup_tokens:,} tokens kept, {of_all:.1%} of all")
     if tally is not None:
         lines += _tuned(tally.speculation.get("workers") or [tally.speculation])
     if result.retries:

@@ -90,14 +90,14 @@ def test_a_groups_figures_are_those_of_its_rows(tmp_path_factory, seed, count, s
 
 
 def test_by_position_a_row_counts_where_it_ran(tmp_path):
-    fields = ("target_steps", "draft_steps", "draft_tokens", "accepted_tokens")
+    fields = ("target_steps", "draft_steps", "draft_tokens", "accepted_tokens", "accepted_lookup_tokens")
 
-    def stretches(*counts: tuple[int, int, int, int]) -> list[dict]:
+    def stretches(*counts: tuple[int, int, int, int, int]) -> list[dict]:
         return [dict(zip(fields, each, strict=True)) for each in counts]
 
     rows = [row(i, random.Random(i), 0.5) for i in range(1, 5)]
-    rows[0]["by_position"] = stretches((10, 10, 30, 20), (5, 5, 15, 3))
-    rows[1]["by_position"] = stretches((8, 8, 24, 12), (0, 0, 0, 0), (4, 2, 6, 1))
+    rows[0]["by_position"] = stretches((10, 10, 30, 20, 2), (5, 5, 15, 3, 0))
+    rows[1]["by_position"] = stretches((8, 8, 24, 12, 0), (0, 0, 0, 0, 0), (4, 2, 6, 1, 3))
     rows[2]["by_position"] = None
     rows[3]["by_position"] = []
     output = parts(tmp_path / "out", rows)
@@ -106,9 +106,9 @@ def test_by_position_a_row_counts_where_it_ran(tmp_path):
     assert everything.tokens == sum(r["completion_tokens"] for r in rows)
     found = {group.name: (group.rows, group.tokens, group.rate, group.length) for group in groups}
     assert found == {
-        "from 0": (2, 50, 32 / 54, 50 / 18),
+        "from 0": (2, 52, 32 / 54, 52 / 18),
         "from 32": (1, 8, 3 / 15, 8 / 5),
-        "from 64": (1, 5, 1 / 6, 5 / 4),
+        "from 64": (1, 8, 1 / 6, 8 / 4),
     }
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SCHEMA = record.output_schema([])
 SUMS = ("prompt_tokens", "completion_tokens", "target_steps", "draft_steps", "draft_tokens", "accepted_tokens")
+SUMS += ("lookup_tokens", "accepted_lookup_tokens")
 DEPTHS = ("drafted_per_depth", "accepted_per_depth")
 SHARDS = [Shard(i, f"in/{i}.parquet", "1", 0, 4, "f") for i in range(3)]
 

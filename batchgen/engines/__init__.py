@@ -132,7 +132,8 @@ def build(
             facts = (target.identity, draft.identity, dtype(spec), str(spec.batch_size), str(torch.get_num_threads()))
             key = "|".join((provenance.machine(device(spec)), _instructions(), *facts, *provenance.versions().values()))
             passes = _costs(costs, key, model, head, spec.batch_size)
-            width = AutoTree(passes, model.pass_sizes, stops_early=model.device.type == "cpu")
+            on_cpu, lookup = model.device.type == "cpu", spec.speculation.lookup
+            width = AutoTree(passes, model.pass_sizes, lookup=lookup, stops_early=on_cpu)
         else:
             width = Shape(tree.depth, tree.width, tree.nodes)
     memory_bytes = budget(model.device, _share(spec))

@@ -27,11 +27,15 @@ GRID = 512
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Draft:
-    """One recorded draft: how to value its candidates, their scores and depths, and which a beam of each width had."""
+    """One recorded draft: how to value its candidates, their scores and depths, and which a beam of each width had.
+
+    `twin` is as in `Schedule.record`.
+    """
 
     value: Callable[[], NDArray[Any]]
     score: NDArray[Any]
     depth: NDArray[Any]
+    twin: NDArray[Any]
     found: dict[int, NDArray[np.bool_]]
 
 
@@ -40,9 +44,12 @@ class _Alike:
     """Drafts of the same depths, one below the other: values [B, P], depths [P], and what beams of each width had.
 
     `likeliest` [B, 1 + depth] is how likely the head takes the likeliest path of each length for, by width.
+    `looked_up` are the values of what was looked up [B, L], and `twin` the candidates it is the same as.
     """
 
     value: NDArray[Any]
+    looked_up: NDArray[Any]
+    twin: NDArray[Any]
     depth: NDArray[Any]
     found: dict[int, NDArray[np.bool_]]
     likeliest: dict[int, NDArray[Any]]
@@ -50,19 +57,28 @@ class _Alike:
     @staticmethod
     def of(drafts: list[_Draft]) -> _Alike:
         """Value `drafts` by what is known now."""
-        value, depth = np.concatenate([draft.value() for draft in drafts]), drafts[0].depth[0]
+        whole, depth = [draft.value() for draft in drafts], drafts[0].depth[0]
+        value = np.concatenate([each[:, : len(depth)] for each in whole])
+        longest = max(draft.twin.shape[1] for draft in drafts)
+        looked_up = np.concatenate([_widened(each[:, len(depth) :], longest, 0.0) for each in whole])
+        twin = np.concatenate([_widened(draft.twin, longest, -1) for draft in drafts])
         found = {width: np.concatenate([draft.found[width] for draft in drafts]) for width in drafts[0].found}
         starts, root = np.searchsorted(depth, np.arange(1, depth[-1] + 1)), np.ones((len(value), 1))
         path = np.where(value > 0, np.exp(np.concatenate([draft.score for draft in drafts])), 0.0)
         levels = {w: np.maximum.reduceat(np.where(had, path, 0), starts, axis=1) for w, had in found.items()}
-        return _Alike(value, depth, found, {width: np.concatenate([root, best], 1) for width, best in levels.items()})
+        likeliest = {width: np.concatenate([root, best], 1) for width, best in levels.items()}
+        return _Alike(value, looked_up, twin, depth, found, likeliest)
 
-    def drafted(self, depth: int, width: int, floor: float) -> NDArray[np.bool_]:
-        """Which candidates [B, P] are of use in drafts of this shape."""
-        drafted: NDArray[np.bool_] = self.found[width] & (self.depth <= depth) & (self.value > 0)
+    def of_use(self, depth: int, width: int, floor: float) -> NDArray[np.float64]:
+        """The values of drafts of this shape and of what was looked up beside them [B, P + L], 0 of what is no use."""
+        if depth == 0:
+            return self.looked_up.astype(np.float64)
+        drafted = self.found[width] & (self.depth <= depth)
         if floor > 0.0:
             drafted &= (self.likeliest[width] >= floor)[:, self.depth - 1]
-        return drafted
+        doubled = (self.twin >= 0) & np.take_along_axis(drafted, self.twin, 1)
+        columns = (np.where(drafted, self.value, 0.0), np.where(doubled, 0.0, self.looked_up))
+        return np.concatenate(columns, 1, dtype=np.float64)
 
 
 class Hindsight:
@@ -79,13 +95,21 @@ class Hindsight:
         self._falling: dict[tuple[int, int, float], NDArray[np.float64]] = {}
         self._even: dict[tuple[int, int, float], NDArray[np.float64]] = {}
         self.num_rows = self.depth = 0
+        self.looks_up = False  # whether anything ever was
 
     def record(
-        self, value: Callable[[], NDArray[Any]], score: NDArray[Any], parent: NDArray[Any], depth: NDArray[Any]
+        self,
+        value: Callable[[], NDArray[Any]],
+        score: NDArray[Any],
+        parent: NDArray[Any],
+        depth: NDArray[Any],
+        twin: NDArray[Any] | None = None,
     ) -> None:
         """Remember a draft; see `Schedule.record`."""
         found = {width: truncate(score, parent, depth, width) for width in self._widths}
-        self._drafts.append(_Draft(value, score, depth, found))
+        self.looks_up |= twin is not None
+        twin = np.empty((len(score), 0), np.int64) if twin is None else twin
+        self._drafts.append(_Draft(value, score, depth, twin, found))
         self.num_rows += len(score)
         while self.num_rows - len(self._drafts[0].depth) >= KEPT_ROWS:
             self.num_rows -= len(self._drafts.popleft().depth)
@@ -106,8 +130,8 @@ class Hindsight:
         Counts are 0, 1, .. likeliest nodes beyond the roots, up to all that were drafted; of many, evenly spread ones.
         """
         if (depth, width, floor) not in self._falling:
-            path = [each.value[each.drafted(depth, width, floor)].astype(np.float64) for each in self._all()]
-            falling = np.cumsum(np.sort(np.concatenate(path))[::-1])
+            path = np.concatenate([each.of_use(depth, width, floor).ravel() for each in self._all()])
+            falling = np.cumsum(np.sort(path[path > 0])[::-1])
             self._falling[depth, width, floor] = np.concatenate([[0.0], falling])
         kept = self._falling[depth, width, floor]
         scale = rows / self.num_rows
@@ -122,8 +146,7 @@ class Hindsight:
         if (depth, width, floor) not in self._even:
             kept = np.zeros(MOST_EVEN)
             for alike in self._all():
-                path = np.where(alike.drafted(depth, width, floor), alike.value, 0.0)
-                likeliest = np.sort(path, axis=1)[:, : -MOST_EVEN - 1 : -1].sum(0)
+                likeliest = np.sort(alike.of_use(depth, width, floor), axis=1)[:, : -MOST_EVEN - 1 : -1].sum(0)
                 kept[: len(likeliest)] += likeliest
             self._even[depth, width, floor] = 1.0 + kept.cumsum() / self.num_rows
         return rows * np.arange(2, MOST_EVEN + 2), rows * self._even[depth, width, floor]
@@ -144,6 +167,11 @@ class Hindsight:
                 alike.setdefault(draft.depth[0].tobytes(), []).append(draft)
             self._valued = [_Alike.of(drafts) for drafts in alike.values()]
         return self._valued
+
+
+def _widened(values: NDArray[Any], columns: int, fill: float) -> NDArray[Any]:
+    more = np.full((len(values), columns - values.shape[1]), fill, values.dtype)
+    return np.concatenate([values, more], 1)
 
 
 def truncate(score: NDArray[Any], parent: NDArray[Any], depth: NDArray[Any], width: int) -> NDArray[np.bool_]:

@@ -53,12 +53,14 @@ class Outcomes:
     def drafted(self, rows: int, draft: Draft, promised: float, tokens: int, seconds: float, plain_s: float) -> None:
         """A step of `rows` rows gave `tokens` in `seconds`, that promised `promised` times as many as plain ones.
 
-        `plain_s` is what the costs say of a plain step.
+        `plain_s` is what the costs say of a plain step. A draft of depth 0 is what was looked up without one; it was a
+        `plain` step, too.
         """
-        self._fade(rows)
+        if draft.depth:
+            self._fade(rows)
         sums = self._sums.setdefault(power_of_two(rows), {})
         gave, hoped = tokens / rows, promised * seconds / (plain_s * self.slower(rows))
-        for key in (draft, None):
+        for key in (draft, None) if draft.depth else (draft,):
             before = sums.get(key, (0.0, 0.0))
             sums[key] = before[0] + gave, before[1] + gave * bounded(hoped / gave)
 
@@ -75,7 +77,13 @@ class Outcomes:
         # that it is gone before what was given has had its full weight.
         _, hoped = sums.get(None, (0.0, 0.0))
         hope = 1 + (HOPED - 1) * (trusted / (trusted + hoped)) ** 2
-        return lambda draft: hope * _quotient(sums.get(draft), trusted, otherwise)
+
+        def kept(draft: Draft) -> float:
+            if not draft.depth:
+                return _quotient(sums.get(draft), trusted, 1.0)
+            return hope * _quotient(sums.get(draft), trusted, otherwise)
+
+        return kept
 
     def _fade(self, rows: int) -> None:
         sums = self._sums.get(power_of_two(rows), {})

@@ -149,6 +149,7 @@ class Schedule:
         self._outcomes = Outcomes()
         # What the last step started from, what it was promised, and drafting steps since a plain one.
         self._ahead, self._promised, self._drafted = Ahead(0, [], [], 0), _NOTHING, 0
+        self._bare = _NOTHING  # what a step without a draft promised
         self._until_plain = PLAIN_EVERY  # as many as it takes to be sure of the costs
         self._forecasts: dict[tuple[object, ...], tuple[dict[Draft, Promise], int]] = {}
         self._choices = self._num_recorded = 0
@@ -211,17 +212,22 @@ class Schedule:
         """A step took `seconds`; exploring lives on a share of them."""
         self._allowance_s += EXPLORE_SHARE * seconds
 
-    def timed(self, draft: Draft, tokens: int, seconds: float, deciding_s: float = 0.0) -> None:
+    def timed(self, draft: Draft, tokens: int, seconds: float, verify_s: float, deciding_s: float = 0.0) -> None:
         """The step that was planned last, if it neither explored nor read prompts: what it drafted, gave and took.
 
-        `deciding_s` of the `seconds` went into what to draft and verify.
+        `verify_s` is what the costs say of its pass of the target; `deciding_s` of the `seconds` went into what to
+        draft and verify.
         """
         ahead, promise, extend = self._ahead, self._promised, self._costs.extend
         plain_s = self._plain_s(ahead)
         if draft == PLAIN:
-            if SURPRISE * seconds < plain_s * self._outcomes.slower(ahead.rows):
+            seconds -= deciding_s
+            if SURPRISE * seconds < verify_s * self._outcomes.slower(ahead.rows):
                 self._until_plain = 0
-            self._outcomes.plain(ahead.rows, seconds, plain_s)
+            self._outcomes.plain(ahead.rows, seconds, verify_s)
+            if self._seen.looks_up:
+                as_foretold = verify_s * self._outcomes.slower(ahead.rows)
+                self._outcomes.drafted(ahead.rows, PLAIN, self._bare.gain, tokens, as_foretold, plain_s)
             return
         self._deciding_s += (deciding_s - self._deciding_s) / DECIDING_STEPS
         debt = extend(sum(ahead.pending), ahead.context) - extend(promise.fed, ahead.context)  # which is paid once
@@ -234,16 +240,18 @@ class Schedule:
         score: NDArray[Any],
         parent: NDArray[Any],
         depth: NDArray[Any],
+        twin: NDArray[Any] | None = None,
     ) -> None:
         """Remember an explored step's candidates, [B, P] each in level order and of equal depths in every row.
 
         `value` returns the calibrated probability that a candidate is kept, 0 where it is of no use, by what is known
         when it is called; `score` is the cumulative draft log-probability, by which the beam was chosen; `parent` the
-        parent's column, -1 at depth 1.
+        parent's column, -1 at depth 1. `value` has L columns more where as many tokens were looked up; `twin` [B, L] is
+        the candidate that is the same token in the same place, whose value it has, or -1.
         """
         if not self._warm:
             self._forecasts.clear()
-        self._seen.record(value, score, parent, depth)
+        self._seen.record(value, score, parent, depth, twin)
         self._num_recorded += 1
 
     def revalue(self) -> None:
@@ -253,20 +261,24 @@ class Schedule:
             self._forecasts.clear()
 
     def choose(self, ahead: Ahead) -> Promise:
-        """What is worth most, as far as promises were kept; plain where nothing is worth more.
+        """What is worth most, as far as promises were kept; not to draft where nothing is worth more.
 
-        Plain as well while nothing is recorded.
+        That as well while nothing is recorded. Where tokens are looked up, they are worth something without a draft.
         """
+        self._bare = _NOTHING
         if not self._seen.num_rows:
             return _NOTHING
         self._choices += 1
         kept = self._outcomes.kept(ahead.rows)
+        if self._seen.looks_up:
+            [self._bare] = self._foretold([PLAIN], ahead)
+        least = max(1.0, self._bare.worth * kept(PLAIN))
 
         def worth(promise: Promise) -> float:
             return promise.worth * kept(promise.draft)
 
         best = max(self._foretold(self._of_use(ahead.rows, max(ahead.caps)), ahead), key=worth, default=_NOTHING)
-        return dataclasses.replace(best, worth=worth(best)) if worth(best) > 1.0 else _NOTHING
+        return dataclasses.replace(best, worth=worth(best)) if worth(best) > least else _NOTHING
 
     def _foretold(self, shapes: Sequence[Draft], ahead: Ahead) -> list[Promise]:
         """What each shape promises; stands for `FORECAST_STEPS` choices, or until something is learned at first."""
@@ -298,6 +310,10 @@ class Schedule:
     def _promise(self, shape: Draft, ahead: Ahead) -> Promise:
         """What `shape` promises with the best number of verified nodes, in uneven trees or in even ones."""
         rows, context, extend = ahead.rows, ahead.context, self._costs.extend
+        if shape == PLAIN:
+            nodes, tokens = self._seen.tokens(0, 0, rows)
+            gains = tokens / rows * self._plain_s(ahead) / self._costs.verify(nodes, context)
+            return Promise(PLAIN, float(gains.max()), float(gains.max()))
         nodes, tokens = self._seen.tokens(shape.depth, shape.width, rows, shape.floor)
         verify = self._costs.verify(nodes, context)
         if rows > 1 and self._costs.even < 1.0:

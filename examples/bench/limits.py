@@ -34,7 +34,7 @@ from speculation import Machine
 from batchgen.engines.torch.engine import TorchEngine
 from batchgen.engines.torch.forest import Shape
 from batchgen.engines.torch.measure import measure
-from batchgen.engines.torch.width import FixedTree
+from batchgen.engines.torch.width import Drafted, FixedTree
 from batchgen.speculation.schedule import CHILDREN, PLAIN, SHAPES, Draft
 
 if TYPE_CHECKING:
@@ -59,10 +59,10 @@ class Watch(FixedTree):
         super().__init__(WIDEST)
         self.drafts: list[Candidates] = []
 
-    def keep(self, candidates: Candidates, caps: torch.Tensor, shape: Shape, ahead: Ahead) -> torch.Tensor:
+    def keep(self, drafted: Drafted, caps: torch.Tensor, ahead: Ahead) -> torch.Tensor:
         """See `width.Width`."""
-        self.drafts.append(candidates)
-        return torch.zeros(candidates.token.shape, dtype=torch.bool)
+        self.drafts.append(drafted.candidates)
+        return torch.zeros(drafted.candidates.token.shape, dtype=torch.bool)
 
 
 def followed(draft: Candidates, text: Sequence[int]) -> list[int]:

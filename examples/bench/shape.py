@@ -181,7 +181,8 @@ class Machine:
         if mode == "auto":
             if rows not in self._auto:
                 (costs, _), on_cpu = measure(self.target, self.draft, rows), self.target.device.type == "cpu"
-                self._auto[rows] = AutoTree(costs, self.target.pass_sizes, stops_early=on_cpu)
+                # Random texts repeat nothing, and what is kept is drawn for what the head drafted.
+                self._auto[rows] = AutoTree(costs, self.target.pass_sizes, lookup=False, stops_early=on_cpu)
             width = self._auto[rows]
         draft = None if width is None else self.draft
         engine = DrawnEngine(self.target, draft, decode=str, batch_size=rows, width=width)

@@ -43,7 +43,9 @@ EXAMPLES = Path(__file__).parents[1]
 SETS = ("mt_bench", "eagle_gsm8k", "eagle_humaneval")
 # That a mode decodes at least: of few, what is accepted is uncertain by some percent.
 PROMPTS = 24
-MODES = ("plain", "chain-1", "chain-2", "chain-3", "chain-4", "chain-5", "tree-3x2x4", "tree-4x4x12", "auto")
+MODES = ("plain", "chain-1", "chain-2", "chain-3", "chain-4", "chain-5", "tree-3x2x4", "tree-4x4x12", "head", "auto")
+# As jobs do it, and by what the head drafts alone.
+AUTO = ("auto", "head")
 
 
 class Machine:
@@ -55,21 +57,22 @@ class Machine:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         self.target = Target(path, getattr(torch, dtype), torch.device(device))
         self.draft = Draft(EXAMPLES / "smollm2", self.target)
-        self._auto: dict[int, AutoTree] = {}
+        self._auto: dict[tuple[str, int], AutoTree] = {}
         self.prompts = mixed_prompts(self.tokenizer)
 
     def engine(self, mode: str, rows: int) -> TorchEngine:
         """A fresh engine that decodes by `mode`."""
-        width = self.auto(rows) if mode == "auto" else fixed_shape(mode)
+        width = self.auto(mode, rows) if mode in AUTO else fixed_shape(mode)
         draft = None if width is None else self.draft
         return TorchEngine(self.target, draft, decode=self.tokenizer.decode, batch_size=rows, width=width)
 
-    def auto(self, rows: int) -> AutoTree:
+    def auto(self, mode: str, rows: int) -> AutoTree:
         """What decides for `rows` rows, with what it has learned: a job decodes for hours, a turn for seconds."""
-        if rows not in self._auto:
+        if (mode, rows) not in self._auto:
             (costs, _), on_cpu = measure(self.target, self.draft, rows), self.target.device.type == "cpu"
-            self._auto[rows] = AutoTree(costs, self.target.pass_sizes, stops_early=on_cpu)
-        return self._auto[rows]
+            lookup = mode == "auto"
+            self._auto[mode, rows] = AutoTree(costs, self.target.pass_sizes, lookup=lookup, stops_early=on_cpu)
+        return self._auto[mode, rows]
 
     def requests(self, count: int, max_tokens: Sequence[int]) -> list[Request]:
         """`count` rows over the prompts, of lengths `max_tokens` in turn, shorter where the model ends one."""
@@ -125,8 +128,8 @@ def decode(engine: TorchEngine, requests: Sequence[Request]) -> dict[str, float]
     steps = sum(count.target_steps for count in counts)
     return {
         "tokens_per_s": tokens / seconds,
-        "acceptance_length": sum(count.accepted_tokens for count in counts) / steps + 1,
-        "nodes_per_row": sum(count.draft_tokens for count in counts) / steps,
+        "acceptance_length": sum(count.accepted_tokens + count.accepted_lookup_tokens for count in counts) / steps + 1,
+        "nodes_per_row": sum(count.draft_tokens + count.lookup_tokens for count in counts) / steps,
         **{f"{name}_share": (engine.seconds[name] - clocks[name]) / seconds for name in clocks},
     }
 
@@ -154,9 +157,10 @@ def main() -> None:
             speed = statistics.harmonic_mean([run["tokens_per_s"] for run in runs])
             return {name: statistics.fmean(run[name] for run in runs) for name in runs[0]} | {"tokens_per_s": speed}
 
-        for _ in range(args.learning if "auto" in args.modes else 0):
-            turn("auto")
-        results += interleave(turn, args.modes.split(","), args.turns, rows=rows)
+        modes = args.modes.split(",")
+        for mode in [mode for mode in AUTO if mode in modes] * args.learning:
+            turn(mode)
+        results += interleave(turn, modes, args.turns, rows=rows)
     write(args.json, results, args, args.device)
 
 

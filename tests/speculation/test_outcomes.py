@@ -34,7 +34,7 @@ def live(schedule, gains, steps, rows=8):
         draft = schedule.next(due).draft
         gave = rows * (1 + draft.depth)
         took = plain_s * gave / rows / ({PLAIN: 1.0} | gains)[draft]
-        schedule.timed(draft, gave, took)
+        schedule.timed(draft, gave, took, CHEAP.verify(rows, 1000))
         used[draft] += 1
         tokens, seconds = tokens + gave, seconds + took
     return used, tokens / seconds / (rows / plain_s)
@@ -68,7 +68,7 @@ def test_steps_that_catch_up_on_much_judge_no_shape():
         due = ahead(8, 100_000, 500, 1000)
         draft = schedule.next(due).draft
         debt = 5 * CHEAP.extend(100_000, 1000)
-        schedule.timed(draft, 8 * (1 + draft.depth), 0.01 * (1 + draft.depth) / 1.6 + debt)
+        schedule.timed(draft, 8 * (1 + draft.depth), 0.01 * (1 + draft.depth) / 1.6 + debt, 0.01)
     assert schedule.choose(ahead(8, 8, 500, 1000)).worth == pytest.approx(before, rel=0.05)
 
 
@@ -85,7 +85,7 @@ def test_costs_measured_in_a_bad_moment_do_not_keep_a_job_from_plain_steps():
         nodes, tokens = (rows, rows) if plan.draft == PLAIN else (30 * rows, 2.5 * rows)
         seconds = true_s(nodes)
         if not plan.explores:
-            schedule.timed(plan.draft, tokens, seconds)
+            schedule.timed(plan.draft, tokens, seconds, per_token.verify(nodes, 10_000))
             drafted.append(plan.draft != PLAIN)
         per_token.refine_verify(nodes, 10_000, seconds)
     assert sum(drafted[50:]) < 0.2 * len(drafted[50:])
@@ -98,7 +98,7 @@ def test_deciding_is_a_part_of_what_drafting_costs():
         schedule = promising()
         for _ in range(200):
             draft = schedule.next(ahead(8, 8, 500, 1000)).draft
-            schedule.timed(draft, 8 * (1 + draft.depth), 0.02, deciding_s)
+            schedule.timed(draft, 8 * (1 + draft.depth), 0.02, 0.01, deciding_s)
         taken.append(schedule.choose(ahead(8, 8, 500, 1000)).seconds)
     assert taken[1] - taken[0] == pytest.approx(0.004, rel=0.1)
 
@@ -133,7 +133,7 @@ def test_what_promises_a_little_less_than_plain_steps_is_tried_and_then_known(gi
         draft = schedule.next(ahead(8, 8, 500, 0)).draft
         gave = 12 if draft != PLAIN else 8
         took = 0.02 * gave / 8 / (gives if draft != PLAIN else 1.0)
-        schedule.timed(draft, gave, took)
+        schedule.timed(draft, gave, took, 0.02)
         drafted, seconds = drafted + (draft != PLAIN), seconds + took / gave
     assert (drafted / 1000 > share) == (gives > 1)
     assert seconds / 1000 < 1.01 * 0.02 / 8, "to find out costs little"

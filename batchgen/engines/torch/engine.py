@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from batchgen.engines.torch import forest, verify
-from batchgen.engines.torch.forest import Forest
+from batchgen.engines.torch.forest import Candidates, Forest
 from batchgen.engines.torch.kvcache import budget, out_of_memory
 from batchgen.engines.torch.layout import Tiles, upload
 from batchgen.engines.torch.rows import Row
@@ -153,7 +153,7 @@ class TorchEngine:
         walks = verify.walk(trees, sampled.tokens)
         first = sampled.tokens(num_nodes + np.arange(len(ends)))
         self._keep(decoding, trees, walks, spans, final if captured is None else captured)
-        self._count(rows, trees, walks)
+        self._count(rows, trees, walks, drafted)
         for row, token in zip(begun, first.tolist(), strict=True):
             self._append(row, [token])
         self._bound_pending()
@@ -186,19 +186,27 @@ class TorchEngine:
         pending = [row.seen - row.draft_len for row in rows]
         arrived = sum(num for num, row in zip(pending, rows, strict=True) if not row.acceptance.target_steps)
         ahead = Ahead(sum(row.seen for row in rows), pending, caps, arrived)
-        plan = self._width.plan(ahead)
-        if plan is None:
+        shape, of = self._width.plan(ahead) or (None, range(0))
+        candidates = None
+        if shape is not None:
+            drafts = [slots[r] for r in of]
+            state = self._catch_up(self._draft, drafts)
+            lengths = [rows[r].draft_len for r in of]
+            own_caps = torch.tensor([caps[r] for r in of])
+            candidates = forest.grow(self._draft, self._slots.pools[1], drafts, state, lengths, shape, own_caps)
+        found = self._width.look_up(lambda: [row.history for row in rows], caps)
+        if candidates is None and found is None:
             return None, Forest.of_roots(roots)
-        shape, drafting = plan
-        drafts = [slots[r] for r in drafting]
-        state = self._catch_up(self._draft, drafts)
-        lengths = [rows[r].draft_len for r in drafting]
-        own_caps = torch.tensor([caps[r] for r in drafting])
-        drafted = forest.grow(self._draft, self._slots.pools[1], drafts, state, lengths, shape, own_caps)
-        candidates = drafted.on_host()
-        kept = self._width.keep(candidates, own_caps, shape, ahead)
-        extend_tokens = sum(pending[r] for r in drafting)
-        return Drafted(shape, drafting, extend_tokens, candidates), Forest.of(candidates, kept, drafting, roots)
+        extend_tokens = sum(pending[r] for r in of)
+        candidates = Candidates.none(len(rows)) if candidates is None else candidates.on_host()
+        if found is None:
+            drafted = Drafted(shape, of, extend_tokens, candidates)
+        else:
+            if shape is not None:
+                candidates = candidates.of_rows(torch.tensor(of), len(rows))
+            drafted = Drafted(shape, range(len(rows)), extend_tokens, *candidates.beside(found))
+        kept = self._width.keep(drafted, torch.tensor([caps[r] for r in drafted.rows]), ahead)
+        return drafted, Forest.of(drafted.candidates, kept, drafted.rows, roots)
 
     def _catch_up(self, draft: Draft, slots: list[int], hold_back: int = 0) -> torch.Tensor:
         """Write the draft slots of all pending features but each row's last `hold_back`; each row's last output."""
@@ -283,16 +291,26 @@ class TorchEngine:
         for each, num in zip(rows, nums, strict=True):
             each.seen += num
 
-    def _count(self, rows: list[Row], trees: Forest, walks: verify.Walks) -> None:
+    def _count(self, rows: list[Row], trees: Forest, walks: verify.Walks, drafted: Drafted | None) -> None:
         """Append what the step gave `rows`, and count what speculation did for it."""
-        depths = np.maximum.reduceat(trees.depth_N, trees.start_R).tolist() if rows else []
-        emitted = (walks.lengths().tolist(), walks.token_RD.tolist())
-        for row, num_nodes, deepest, num, tokens in zip(rows, trees.counts().tolist(), depths, *emitted, strict=True):
-            stats, num_drafted, position = row.acceptance, num_nodes - 1, row.num_output
+        if not rows:
+            return
+        own_N = trees.candidate_N >= 0
+        if drafted is not None:
+            own_N &= trees.candidate_N < drafted.num_drafted
+        deepest = np.maximum.reduceat(np.where(own_N, trees.depth_N, 0), trees.start_R)
+        drafted_R = np.add.reduceat(own_N, trees.start_R, dtype=np.int64)
+        accepted_R = ((walks.node_RD >= 0) & own_N[walks.node_RD]).sum(1)
+        counts = [each.tolist() for each in (trees.counts() - 1, drafted_R, accepted_R, deepest, walks.lengths())]
+        for row, num, num_drafted, accepted, levels, length, tokens in zip(
+            rows, *counts, walks.token_RD.tolist(), strict=True
+        ):
+            stats, position = row.acceptance, row.num_output
             stats.target_steps += 1
-            num_kept = min(num - 1, self._append(row, tokens[:num]))
-            stats.note(position, num_drafted, num_kept)
-            stats.drafted(num_drafted, deepest, num_kept)
+            num_kept = min(length - 1, self._append(row, tokens[:length]))
+            stats.drafted(num_drafted, levels, min(accepted, num_kept))
+            stats.looked_up(num - num_drafted, num_kept - min(accepted, num_kept))
+            stats.note(position, num_drafted, min(accepted, num_kept), num_kept - min(accepted, num_kept))
 
     def _append(self, row: Row, tokens: list[int]) -> int:
         num_kept = row.append(tokens, self._target.eos_token_ids, self._decode)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from batchgen.engines.torch.layout import Layout, upload
+from batchgen.speculation.lookup import Merged
 from batchgen_kernels.tree_attention import MAX_NODES
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from batchgen.engines.torch.draft import Draft
     from batchgen.engines.torch.kvcache import Pool
+    from batchgen.speculation.lookup import Found
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -132,13 +134,6 @@ class Candidates:
         there = torch.stack([field.double() for field in fields]).cpu()
         return Candidates(*(each.to(field.dtype) for each, field in zip(there, fields, strict=True)))
 
-    def level_tokens(self, shape: Shape) -> list[int]:
-        """Tokens of each pass of the head that drafted these, after the catch-up that gave level 1."""
-        if not shape.floor:
-            return [len(self.logp) * shape.width] * (shape.depth - 1)
-        first = self.logp.numpy()[:, shape.children :: shape.width * shape.children]
-        return [int(rows) * shape.width for rows in np.isfinite(first).sum(0)]
-
     def of_rows(self, rows: torch.Tensor, num_rows: int) -> Candidates:
         """These as candidates of `rows`, rising, among `num_rows` rows; the others' have probability 0."""
         if len(rows) == num_rows:
@@ -149,6 +144,25 @@ class Candidates:
             filled = own.new_full((num_rows, own.shape[1]), float("-inf")) if own.is_floating_point() else own[:1]
             whole.append(filled.expand(num_rows, -1).clone().index_copy_(0, rows, own))
         return Candidates(*whole)
+
+    def beside(self, found: Found) -> tuple[Candidates, Merged]:
+        """These, on the host, and behind them what was looked up for the same rows."""
+        columns = (self.token, self.parent, self.rank, self.logp)
+        merged = Merged.of(found, *(column.numpy() for column in columns))
+        (num_rows, num_found), num_drafted = found.token.shape, self.token.shape[1]
+        place = np.where(merged.twin >= 0, merged.twin, num_drafted + np.arange(num_found))
+        parent = torch.from_numpy(np.concatenate([np.full((num_rows, 1), -1), place[:, :-1]], 1)[:, :num_found])
+        depth = torch.arange(1, num_found + 1).expand(num_rows, -1)
+        unlikely = torch.full((num_rows, num_found), float("-inf"))
+        token, none = torch.from_numpy(found.token), torch.zeros_like(depth)
+        looked_up = Candidates(unlikely, unlikely, none, token, parent, depth)
+        return Candidates.joined([self, looked_up]), merged
+
+    @staticmethod
+    def none(num_rows: int) -> Candidates:
+        """No candidates of `num_rows` rows."""
+        number, place = torch.empty(num_rows, 0), torch.empty(num_rows, 0, dtype=torch.int64)
+        return Candidates(number, number, place, place, place, place)
 
     @staticmethod
     def joined(levels: Sequence[Candidates]) -> Candidates:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from batchgen.generate import completed_text, reaches_stop
 from batchgen.record import Acceptance, Completion
+from batchgen.speculation.lookup import History
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -40,6 +41,10 @@ class Row:
     pending: list[torch.Tensor] = dataclasses.field(default_factory=list)
     finish: FinishReason | None = None
     error: tuple[str, str] | None = None
+    history: History = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self.history = History(self.tokens)
 
     @property
     def num_output(self) -> int:

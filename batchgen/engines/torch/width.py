@@ -19,26 +19,48 @@ from batchgen.engines.torch.forest import Candidates, Shape
 from batchgen.speculation import budget
 from batchgen.speculation.calibration import Calibration
 from batchgen.speculation.costs import RATE
+from batchgen.speculation.lookup import Found, Kept
 from batchgen.speculation.schedule import CHILDREN, PLAIN, SHAPES, STOPPING, Draft, Schedule, Throughput
 from batchgen_kernels.tree_attention import MAX_NODES
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
     from batchgen.speculation.costs import Costs
+    from batchgen.speculation.lookup import History, Merged
     from batchgen.speculation.schedule import Ahead
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Drafted:
-    """What one step drafted for `rows` of its decoding rows, after catching up on `extend_tokens`."""
+    """What there was to verify in one step, candidates [B, P] of B of its decoding rows, `rows`.
 
-    shape: Shape
+    The head drafted `shape`, after catching up on `extend_tokens`; None: it did not. Of the candidates the last columns
+    were looked up, as `merged` says; None: none were.
+    """
+
+    shape: Shape | None
     rows: Sequence[int]
     extend_tokens: int
     candidates: Candidates
+    merged: Merged | None = None
+
+    @property
+    def num_drafted(self) -> int:
+        """Columns of the candidates that the head drafted."""
+        return self.candidates.token.shape[1] - (0 if self.merged is None else self.merged.twin.shape[1])
+
+    def level_tokens(self) -> list[int]:
+        """Tokens of each pass of the head that drafted these, after the catch-up that gave level 1."""
+        if self.shape is None:
+            return []
+        drafted = self.candidates.logp.isfinite()
+        if not self.shape.floor:
+            return [int(drafted[:, 0].sum()) * self.shape.width] * (self.shape.depth - 1)
+        first = drafted[:, self.shape.children : self.num_drafted : self.shape.width * self.shape.children]
+        return [num * self.shape.width for num in first.sum(0).tolist()]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -79,8 +101,11 @@ class Width(Protocol):
     def plan(self, ahead: Ahead) -> tuple[Shape, Sequence[int]] | None:
         """What to draft, and for which rows, rising; None for a plain step."""
 
-    def keep(self, candidates: Candidates, caps: torch.Tensor, shape: Shape, ahead: Ahead) -> torch.Tensor:
-        """The candidates to verify, bool [B, P] of B rows that drafted, each with its parent and none below `caps`."""
+    def look_up(self, histories: Callable[[], list[History]], caps: Sequence[int]) -> Found | None:
+        """What is to be looked up for all rows, which have these histories, beside what the head drafts."""
+
+    def keep(self, drafted: Drafted, caps: torch.Tensor, ahead: Ahead) -> torch.Tensor:
+        """The candidates to verify, bool [B, P] of B rows, each with its parent and none below `caps`."""
 
     def spent(self, step: Step, reached: Reached | None) -> None:
         """Learn from a step: what it took, and, of one that drafted, what it tells."""
@@ -102,9 +127,14 @@ class FixedTree:
         depth = min(self._shape.depth, max(ahead.caps))
         return (dataclasses.replace(self._shape, depth=depth), range(ahead.rows)) if depth > 0 else None
 
-    def keep(self, candidates: Candidates, caps: torch.Tensor, shape: Shape, ahead: Ahead) -> torch.Tensor:
+    def look_up(self, histories: Callable[[], list[History]], caps: Sequence[int]) -> Found | None:
         """See `Width`."""
-        return forest.likeliest(candidates, caps, shape.nodes)
+        return None
+
+    def keep(self, drafted: Drafted, caps: torch.Tensor, ahead: Ahead) -> torch.Tensor:
+        """See `Width`."""
+        assert drafted.shape is not None
+        return forest.likeliest(drafted.candidates, caps, drafted.shape.nodes)
 
     def spent(self, step: Step, reached: Reached | None) -> None:
         """See `Width`."""
@@ -117,14 +147,18 @@ class FixedTree:
 class AutoTree:
     """The tree that pays: one budget over all rows, set anew in every step from measured costs.
 
-    `sizes` as in `budget.select`. `stops_early` lets it look at each level before the next is drafted, and leave rows
-    off that are unlikely to get there; where passes are queued on a device that would be a wait for each level.
+    `sizes` as in `budget.select`. With `lookup` what rows repeat of themselves is verified, too. `stops_early` lets it
+    look at each level before the next is drafted, and leave rows off that are unlikely to get there; where passes are
+    queued on a device that would be a wait for each level.
     """
 
     learns = True
 
-    def __init__(self, costs: Costs, sizes: Sequence[int] = (), *, stops_early: bool = False) -> None:
+    def __init__(
+        self, costs: Costs, sizes: Sequence[int] = (), *, lookup: bool = True, stops_early: bool = False
+    ) -> None:
         self.costs = costs
+        self._lookup = Kept() if lookup else None
         self._sizes = np.array(sizes, np.int64)
         self._calibration = Calibration()
         self._schedule = Schedule(costs, SHAPES + STOPPING if stops_early else SHAPES)
@@ -150,28 +184,44 @@ class AutoTree:
         depth, width, floor = dataclasses.astuple(plan.draft)
         return Shape(depth, width, MAX_NODES - 1, floor, CHILDREN), plan.rows
 
-    def keep(self, candidates: Candidates, caps: torch.Tensor, shape: Shape, ahead: Ahead) -> torch.Tensor:
+    def look_up(self, histories: Callable[[], list[History]], caps: Sequence[int]) -> Found | None:
+        """See `Width`."""
+        if self._lookup is None:
+            return None
+        began = time.perf_counter()
+        found = Found.of(histories(), caps)
+        self._deciding_s += time.perf_counter() - began
+        return found if found.token.size else None
+
+    def keep(self, drafted: Drafted, caps: torch.Tensor, ahead: Ahead) -> torch.Tensor:
         """See `Width`."""
         began = time.perf_counter()
+        candidates, merged, shape = drafted.candidates, drafted.merged, drafted.shape
         columns = (candidates.logp, candidates.rank, candidates.parent, candidates.depth, caps)
         logp, rank, parent, depth, cap = (column.numpy() for column in columns)
-        of_use = (depth <= cap[:, None]) & np.isfinite(logp)
+        of_use, num = depth <= cap[:, None], drafted.num_drafted
 
         def value() -> NDArray[np.float32]:
-            accepted = np.where(of_use, self._calibration.acceptance(logp, rank, depth), np.float32(0))
-            return _along(accepted, parent, shape)
+            accepted = np.where(np.isfinite(logp), self._calibration.acceptance(logp, rank, depth), np.float32(0))
+            if merged is None or self._lookup is None:
+                return _along(accepted * of_use, parent, shape)
+            accepted = np.where(merged.kind > 0, self._lookup.share(merged.kind), accepted) * of_use
+            path = _along(accepted[:, :num], parent, shape)
+            return np.concatenate([path, _beside(path, accepted[:, num:], merged.twin)], 1)
 
         path = value()
         if self._exploring:
-            self._schedule.record(value, candidates.score.numpy(), parent, depth)
-        rows, self._levels = ahead.rows, candidates.level_tokens(shape)
+            self._record(drafted, value)
+        rows, self._levels = ahead.rows, drafted.level_tokens()
         throughput = self._throughput.value(rows, self._unit_s(rows, ahead.context))
         # What a step takes however many nodes it verifies tells only what its tokens are worth.
-        drafting_s = 0.0 if throughput is not None else self._drafting_s(rows, ahead.context)
+        drafting_s = 0.0 if throughput is not None else self._drafting_s(drafted.extend_tokens, ahead.context)
+        if merged is not None:
+            path[:, num:][merged.twin >= 0] = 0.0
         kept = budget.select(
             path,
             num_roots=rows,
-            row_cap=shape.nodes,
+            row_cap=MAX_NODES - 1,
             sizes=self._sizes,
             cost=lambda nodes: drafting_s + self.costs.verify(nodes, ahead.context),
             throughput=throughput,
@@ -181,6 +231,14 @@ class AutoTree:
         self._expected += float(path[kept].sum())
         self._deciding_s += time.perf_counter() - began
         return torch.from_numpy(kept)
+
+    def _record(self, drafted: Drafted, value: Callable[[], NDArray[np.float32]]) -> None:
+        """Remember what the rows that explored had to verify; the others have candidates that are no head's."""
+        columns = (drafted.candidates.score, drafted.candidates.parent, drafted.candidates.depth)
+        score, parent, depth = (column.numpy()[:, : drafted.num_drafted] for column in columns)
+        rows = np.flatnonzero(np.isfinite(score[:, 0]))
+        twin = None if drafted.merged is None else drafted.merged.twin[rows]
+        self._schedule.record(lambda: value()[rows], score[rows], parent[rows], depth[rows], twin)
 
     def _evened(
         self, path: NDArray[np.float32], uneven: NDArray[np.bool_], throughput: float, context: int
@@ -206,13 +264,10 @@ class AutoTree:
         self._num_tokens += step.tokens
         self._forecast += self._expected
         drafted = step.drafted
-        if drafted is not None:
-            self._num_drafting += 1
-            if reached is not None:
-                features = (drafted.candidates.logp, drafted.candidates.rank, drafted.candidates.depth)
-                logp, rank, depth = (feature.numpy()[reached.row, reached.column] for feature in features)
-                if self._calibration.learn(logp, rank, depth, reached.chance):
-                    self._schedule.revalue()
+        headed = drafted is not None and drafted.shape is not None
+        self._num_drafting += headed
+        if drafted is not None and reached is not None:
+            self._learn(drafted, reached)
         # What a second is worth must be told by the clock that nodes are priced by: with costs that are all a third too
         # high, and tokens per real second, hardly a node would seem worth its price.
         drafting_s = self._drafting_s(drafted.extend_tokens, step.context) if drafted is not None else 0.0
@@ -225,7 +280,7 @@ class AutoTree:
             return
         # What exploring steps draft is like nothing else; their pass of the target still tells how fast the machine is,
         # and at first they alone do.
-        if drafted is not None and not self._exploring:
+        if drafted is not None and headed and not self._exploring:
             ratio = (step.draft_s - self._deciding_s) / drafting_s
             passes = [(self.costs.extend, drafted.extend_tokens), *((self.costs.level, n) for n in self._levels[:1])]
             for table, tokens in passes:
@@ -233,12 +288,24 @@ class AutoTree:
         if step.mixed:  # its seconds are the prompts' as well
             return
         if not self._exploring:
-            draft = PLAIN if drafted is None else Draft(drafted.shape.depth, drafted.shape.width, drafted.shape.floor)
-            self._schedule.timed(draft, step.tokens, taken, self._deciding_s)
+            shape = None if drafted is None else drafted.shape
+            draft = PLAIN if shape is None else Draft(shape.depth, shape.width, shape.floor)
+            self._schedule.timed(draft, step.tokens, taken, verify_s, self._deciding_s)
         self.costs.refine_verify(step.nodes, step.context, step.verify_s, even=self._even)
 
+    def _learn(self, drafted: Drafted, reached: Reached) -> None:
+        features = (drafted.candidates.logp, drafted.candidates.rank, drafted.candidates.depth)
+        logp, rank, depth = (feature.numpy()[reached.row, reached.column] for feature in features)
+        own = np.isfinite(logp)
+        if drafted.merged is not None and self._lookup is not None:
+            self._lookup.learn(drafted.merged.kind[reached.row, reached.column], reached.chance)
+        if self._calibration.learn(logp[own], rank[own], depth[own], reached.chance[own]):
+            self._schedule.revalue()
+
     def _drafting_s(self, extend_tokens: int, context: int) -> float:
-        """Seconds of the head's passes in the step that was planned last."""
+        """Seconds of the head's passes in the step that was planned last; none where it drafted nothing."""
+        if not extend_tokens:
+            return 0.0
         levels_s = sum(self.costs.level(tokens, context) for tokens in self._levels)
         return self.costs.extend(extend_tokens, context) + levels_s
 
@@ -260,10 +327,22 @@ class AutoTree:
         }
 
 
-def _along(accepted: NDArray[np.float32], parent: NDArray[np.int64], shape: Shape) -> NDArray[np.float32]:
+def _along(accepted: NDArray[np.float32], parent: NDArray[np.int64], shape: Shape | None) -> NDArray[np.float32]:
     """The probability that each candidate is kept [B, P], from that of its acceptance once its parent is kept."""
+    if shape is None:
+        return accepted
     each = shape.width * shape.children
     for start in range(shape.children, accepted.shape[1], each):
         level = slice(start, start + each)
         accepted[:, level] *= np.take_along_axis(accepted, parent[:, level], 1)
     return accepted
+
+
+def _beside(path: NDArray[np.float32], accepted: NDArray[np.float32], twin: NDArray[np.int64]) -> NDArray[np.float32]:
+    """The same of what was looked up [B, L]: each below the one before it; of a twin that of the candidate it is."""
+    beside, rows = np.ones((len(path), 1 + twin.shape[1]), np.float32), np.arange(len(path))
+    for level in range(twin.shape[1]):
+        own = beside[:, level] * accepted[:, level]
+        drafted = path[rows, twin[:, level]] if path.shape[1] else own
+        beside[:, level + 1] = np.where(twin[:, level] >= 0, drafted, own)
+    return beside[:, 1:]

@@ -76,7 +76,7 @@ def test_counts_add_up(bench, prompts, tree):
         a = c.acceptance
         assert a.accepted_tokens == sum(a.accepted_per_depth)
         assert a.draft_steps <= a.target_steps
-        assert sum(a.by_position, Stretch()) == (a.target_steps, a.draft_steps, a.draft_tokens, a.accepted_tokens)
+        assert sum(a.by_position, Stretch()) == (a.target_steps, a.draft_steps, a.draft_tokens, a.accepted_tokens, 0)
         assert len(a.by_position) <= (len(c.token_ids) // 32).bit_length() + 1
         # A step emits its accepted tokens and one more, unless the row ended inside the accepted path.
         assert len(c.token_ids) - 1 - a.accepted_tokens in (a.target_steps, a.target_steps - 1)

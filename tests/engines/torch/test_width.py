@@ -21,7 +21,7 @@ from batchgen.engines.torch.forest import Candidates, Shape
 from batchgen.engines.torch.linear import FEW_NUMBERS
 from batchgen.engines.torch.measure import Clock, measure
 from batchgen.engines.torch.width import AutoTree, Drafted, FixedTree, Step
-from batchgen.record import Request, Sampling
+from batchgen.record import Request, Sampling, Stretch
 from batchgen.speculation.costs import Costs, Table, load_costs
 from batchgen.speculation.schedule import WARM_STEPS, Ahead
 
@@ -53,8 +53,8 @@ class Moody(FixedTree):
 class Idle(FixedTree):
     """Drafts in every step and verifies none of it, so that every place is passed."""
 
-    def keep(self, candidates, caps, shape, ahead):
-        return torch.zeros_like(candidates.token, dtype=torch.bool)
+    def keep(self, drafted, caps, ahead):
+        return torch.zeros_like(drafted.candidates.token, dtype=torch.bool)
 
 
 class Watched(TorchEngine):
@@ -135,11 +135,36 @@ def test_tokens_do_not_depend_on_what_the_budget_decides(bench, prompts, plain, 
     assert report["expected_tokens_per_step"] == pytest.approx(report["tokens_per_step"], rel=0.3)
 
 
+def test_what_rows_repeat_is_verified_and_changes_no_token(bench, prompts):
+    """Prompts that hold what the target will answer: nearly all of it is copied, with a head or where it never pays."""
+    answers = bench.run(bench.engine(None, 8), prompts[:8], Sampling(max_tokens=48))
+    texts = [[*prompt, *done.token_ids, *prompt] for prompt, done in zip(prompts[:8], answers, strict=True)]
+    expected = bench.run(bench.engine(None, 8), texts, GREEDY, SAMPLED)
+    for a_level in (0.0001, 1.0):
+        done = bench.run(bench.engine(AutoTree(costs(0.0002, a_level)), 8), texts, GREEDY, SAMPLED)
+        assert [c.token_ids for c in done] == [c.token_ids for c in expected]
+        looked_up, kept = (
+            sum(getattr(c.acceptance, name) for c in done) for name in ("lookup_tokens", "accepted_lookup_tokens")
+        )
+        assert 0.3 * looked_up < kept < looked_up
+        assert kept > 100
+        for a in [c.acceptance for c in done]:
+            kept_in_all = a.accepted_tokens + a.accepted_lookup_tokens
+            stretched = sum(a.by_position, Stretch())
+            assert stretched.accepted_tokens + stretched.accepted_lookup_tokens == kept_in_all
+            assert sum(a.drafted_per_depth) <= a.draft_tokens
+            assert a.draft_steps <= a.target_steps
+        for c in done:
+            a = c.acceptance
+            kept_in_all = a.accepted_tokens + a.accepted_lookup_tokens
+            assert len(c.token_ids) - 1 - kept_in_all in (a.target_steps, a.target_steps - 1)
+
+
 class Counting(AutoTree):
     """Remembers the rows and nodes of steps that drafted and did not explore; they take what they should."""
 
     def __init__(self, costs: Costs, sizes: Sequence[int] = ()) -> None:
-        super().__init__(costs, sizes)
+        super().__init__(costs, sizes, lookup=False)
         self.sizes: list[tuple[int, int]] = []
 
     def spent(self, step, reached):
@@ -191,7 +216,8 @@ def kept_of_chains(even: float, last: list[float]) -> list[list[bool]]:
         width.plan(ahead)
         width.spent(Step(rows, 100 * rows, rows, rows, 0.0, 0.03 + 0.005 * rows, False, False, None), None)
     width.plan(ahead)
-    return width.keep(chains(last), torch.full((rows,), 9), Shape(3, 1, 3), ahead).tolist()
+    drafted = Drafted(Shape(3, 1, 3), range(rows), rows, chains(last))
+    return width.keep(drafted, torch.full((rows,), 9), ahead).tolist()
 
 
 @pytest.mark.parametrize("captures", [False, True])
