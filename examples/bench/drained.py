@@ -45,11 +45,11 @@ def main() -> None:
         seconds = time.perf_counter() - began
         steps = sum(c.acceptance.target_steps for c in done)
         tokens = sum(len(c.token_ids) for c in done)
-        drafted = sum(c.acceptance.draft_tokens for c in done)
+        verified = sum(c.acceptance.draft_tokens + c.acceptance.lookup_tokens for c in done)
         return {
             "tokens_per_s": tokens / seconds,
             "acceptance_length": (tokens - len(done)) / steps,
-            "nodes_per_row": drafted / steps,
+            "nodes_per_row": verified / steps,
         }
 
     about = {"rows": args.rows, "batch_size": args.batch_size}

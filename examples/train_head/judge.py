@@ -3,9 +3,10 @@
     python examples/train_head/judge.py examples/smollm2 outputs/head
     python examples/train_head/judge.py outputs/head --set engine.kind=vllm --json judged.json
 
-prints for each head and set the acceptance length and how often the token at each depth was accepted, of all passes
-that drafted; the length is 1 + the sum of these. The rows stand below `--to`, for `batchgen report` to look closer;
-what was judged before is not judged again.
+prints for each head and set the acceptance length and how often the token at each depth was accepted, of the passes
+that drafted so deep: near its end we draft a row no deeper than it may still write, and vLLM drafts beyond. The length
+is 1 + the sum of these. The rows stand below `--to`, for `batchgen report` to look closer; what was judged before is
+not judged again.
 """
 
 from __future__ import annotations

@@ -163,3 +163,25 @@ def test_drafts_are_valued_by_what_is_known_now():
     known = 0.25
     hindsight.revalue()
     assert hindsight.tokens(1, 1, 4)[1][-1] == pytest.approx(4 + 4 * 0.25)
+
+
+@given(st.integers(0, 10**6), st.sampled_from([1, 2, 4]), st.integers(0, 3))
+def test_what_was_looked_up_counts_once_beside_every_shape(seed, width, depth):
+    """As what the head drafted where the shape has it, and else for itself."""
+    rng, hindsight = np.random.default_rng(seed), Hindsight([1, 2, 4])
+    beams = [Beam(s, 4, 3) for s in range(seed, seed + 5)]
+    score, parent, level = stacked(beams)
+    twin = np.full((5, 3), -1)
+    for row, beam in enumerate(beams):  # a path of the draft, or the first part of one
+        node = int(rng.integers(len(beam.names)))
+        names = [beam.names[node][: i + 1] for i in range(len(beam.names[node]) - int(rng.integers(2)))]
+        twin[row, : len(names)] = [beam.names.index(name) for name in names]
+    value = np.concatenate([np.exp(score), np.where(twin >= 0, np.take_along_axis(np.exp(score), twin, 1), 0.01)], 1)
+    hindsight.record(lambda: value, score, parent, level, twin)
+    assert hindsight.looks_up
+    had = truncate(score, parent, level, width) & (level <= depth)
+    tokens = np.exp(score)[had].tolist()
+    for row in range(5):
+        tokens += [value[row, level.shape[1] + i] for i in range(3) if twin[row, i] < 0 or not had[row, twin[row, i]]]
+    expected = 5 + np.cumsum([0, *sorted(tokens, reverse=True)])
+    assert hindsight.tokens(depth, width, 5)[1] == pytest.approx(expected)
