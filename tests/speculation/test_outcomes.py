@@ -154,7 +154,7 @@ def test_hope_is_for_drafting_and_not_for_each_shape_in_turn(rows):
 @taken_at_their_word
 @pytest.mark.parametrize("looked_up", [0.1, 0.9])
 def test_nothing_is_drafted_where_a_lookup_alone_gives_more(looked_up):
-    """A chain of one promises 1.45 of plain steps beside a lookup that is worth 1.1; one worth 1.9 it adds nothing to."""
+    """A chain of one promises 1.45 of plain steps beside a lookup worth 1.1; to one worth 1.9 it adds nothing."""
     schedule = Schedule(Costs(flat(0.01, 1e-6), flat(0.0), flat(0.001)), [PLAIN, Draft(1, 1)])
     path = np.tile([0.5, looked_up], (8, 1))
     first, none = np.ones((8, 1), int), np.full((8, 1), -1)
