@@ -274,6 +274,7 @@ _FACTS = (
     ("worker", "string"),
     ("shard", "string"),
 )
+_OF_ANSWERS = (*Stretch._fields[:4], "lookup_tokens", "accepted_lookup_tokens")
 RESERVED_COLUMNS = frozenset(name for name, _ in _KEY + _TEXT + _TOKEN_IDS + _FACTS)
 
 
@@ -302,7 +303,7 @@ def output_schema(kept: list[pa.Field], *, token_ids: bool = True, answers: bool
         "list<int32>": pa.list_(pa.int32()),
         "messages": pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])),
     }
-    counts = ("start", "stop", "target_steps", "draft_steps", "draft_tokens", "accepted_tokens")
+    counts = ("start", "stop", *_OF_ANSWERS)
     answer = [("finish_reason", pa.string()), *((name, pa.int32()) for name in counts)]
     types["stretches"] = pa.list_(pa.struct([(name, pa.int32()) for name in Stretch._fields]))
     types["answers"] = pa.list_(pa.struct(answer))
@@ -378,10 +379,7 @@ def _facts(answer: Answer) -> dict[str, Any]:
         "start": answer.start,
         "stop": answer.stop,
         "finish_reason": answer.completion.finish_reason,
-        "target_steps": acceptance.target_steps,
-        "draft_steps": acceptance.draft_steps,
-        "draft_tokens": acceptance.draft_tokens,
-        "accepted_tokens": acceptance.accepted_tokens,
+        **{name: getattr(acceptance, name) for name in _OF_ANSWERS},
     }
 
 

@@ -44,11 +44,13 @@ class _Alike:
     """Drafts of the same depths, one below the other: values [B, P], depths [P], and what beams of each width had.
 
     `likeliest` [B, 1 + depth] is how likely the head takes the likeliest path of each length for, by width.
-    `looked_up` are the values of what was looked up [B, L], and `twin` the candidates it is the same as.
+    `looked_up` are the values of what was looked up [B, L], `alone` those without a draft, and `twin` the candidates
+    that are the same.
     """
 
     value: NDArray[Any]
     looked_up: NDArray[Any]
+    alone: NDArray[Any]
     twin: NDArray[Any]
     depth: NDArray[Any]
     found: dict[int, NDArray[np.bool_]]
@@ -60,19 +62,22 @@ class _Alike:
         whole, depth = [draft.value() for draft in drafts], drafts[0].depth[0]
         value = np.concatenate([each[:, : len(depth)] for each in whole])
         longest = max(draft.twin.shape[1] for draft in drafts)
-        looked_up = np.concatenate([_widened(each[:, len(depth) :], longest, 0.0) for each in whole])
+        each_looked_up = [np.split(each[:, len(depth) :], 2, axis=1) for each in whole]
+        looked_up, alone = (
+            np.concatenate([_widened(each[i], longest, 0.0) for each in each_looked_up]) for i in range(2)
+        )
         twin = np.concatenate([_widened(draft.twin, longest, -1) for draft in drafts])
         found = {width: np.concatenate([draft.found[width] for draft in drafts]) for width in drafts[0].found}
         starts, root = np.searchsorted(depth, np.arange(1, depth[-1] + 1)), np.ones((len(value), 1))
         path = np.where(value > 0, np.exp(np.concatenate([draft.score for draft in drafts])), 0.0)
         levels = {w: np.maximum.reduceat(np.where(had, path, 0), starts, axis=1) for w, had in found.items()}
         likeliest = {width: np.concatenate([root, best], 1) for width, best in levels.items()}
-        return _Alike(value, looked_up, twin, depth, found, likeliest)
+        return _Alike(value, looked_up, alone, twin, depth, found, likeliest)
 
     def of_use(self, depth: int, width: int, floor: float) -> NDArray[np.float64]:
         """The values of drafts of this shape and of what was looked up beside them [B, P + L], 0 of what is no use."""
         if depth == 0:
-            return self.looked_up.astype(np.float64)
+            return self.alone.astype(np.float64)
         drafted = self.found[width] & (self.depth <= depth)
         if floor > 0.0:
             drafted &= (self.likeliest[width] >= floor)[:, self.depth - 1]

@@ -102,10 +102,14 @@ class Merged:
     twin: the candidate that is the same token in the same place [R, L], -1 where there is none
     kind: what is known of each candidate [R, P], and of what was looked up [R, L] behind them, for `Kept`; 0 of what
         was not looked up, and of what has a twin
+    alone: what would be known of what was looked up if there were no candidates [R, L]
+    rival: 1 + the place of the token that was looked up instead of a candidate [R, P], 0 where none was
     """
 
     twin: NDArray[np.int64]
     kind: NDArray[np.int64]
+    alone: NDArray[np.int64]
+    rival: NDArray[np.int64]
 
     @staticmethod
     def of(
@@ -119,6 +123,9 @@ class Merged:
         (num_rows, num_found), num_candidates = found.token.shape, token.shape[1]
         twin = np.full((num_rows, num_found), -1)
         kind = np.zeros((num_rows, num_candidates + num_found), np.int64)
+        length = np.searchsorted(FROM, found.match[:, None] + np.arange(num_found), "right") - 1
+        first = 1 + length * PRIOR.shape[1]
+        rival = np.zeros((num_rows, num_candidates), np.int64)
         node, rows = np.full(num_rows, -1), np.arange(num_rows)
         among = np.full(num_rows, num_candidates > 0)  # whether the path so far is among the candidates
         backed = np.zeros(num_rows, bool)
@@ -134,13 +141,17 @@ class Merged:
                 likeliest = has & (rank[rows, place] == 0)
                 sure = np.where(logp[rows, place] > np.log(0.5), SURE, LIKELY)
                 says = np.where(likeliest, sure, np.where(child.any(1), OTHER, says))
+                rival[child & ~same & looked_up[:, None]] = 1 + level
                 backed |= likeliest
                 twin[has, level] = node[has] = place[has]
                 among = has
-            length = np.searchsorted(FROM, found.match + level, "right") - 1
             column = np.where(has, twin[:, level], num_candidates + level)
-            kind[rows[looked_up], column[looked_up]] = (1 + length * PRIOR.shape[1] + says)[looked_up]
-        return Merged(twin, kind)
+            kind[rows[looked_up], column[looked_up]] = (first[:, level] + says)[looked_up]
+        return Merged(twin, kind, np.where(found.token >= 0, first + ALONE, 0), rival)
+
+    def of_rows(self, rows: NDArray[np.intp]) -> Merged:
+        """The same of some rows."""
+        return Merged(self.twin[rows], self.kind[rows], self.alone[rows], self.rival[rows])
 
 
 class Kept:

@@ -62,7 +62,8 @@ class Outcomes:
         gave, hoped = tokens / rows, promised * seconds / (plain_s * self.slower(rows))
         for key in (draft, None) if draft.depth else (draft,):
             before = sums.get(key, (0.0, 0.0))
-            sums[key] = before[0] + gave, before[1] + gave * bounded(hoped / gave)
+            # What is looked up gives a row one token or a dozen: to bound that would take a dozen for less.
+            sums[key] = before[0] + gave, before[1] + (gave * bounded(hoped / gave) if draft.depth else hoped)
 
     def slower(self, rows: int) -> float:
         """How many times as long as foretold a plain step takes."""

@@ -39,6 +39,8 @@ REPAY_STEPS = 64
 ARRIVAL_STEPS = 128
 # Seconds of catching up on what is paid once, as a share of a step's, beyond which it tells little about its shape.
 MAX_DEBT = 0.1
+# As how many plain steps a pass without a draft may be priced, with what was looked up, to tell how long one lasts.
+MAX_PLAIN = 1.25
 # What the plain steps may cost that are taken beside drafting ones, and the least number of steps between two. At first
 # no more are left between them, and after each twice as many.
 PLAIN_SHARE, PLAIN_EVERY = 0.003, 8
@@ -100,11 +102,15 @@ class Ahead:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Plan:
-    """The shape of a step, the rows that draft (all but where only some explore), and whether it explores."""
+    """The shape of a step, the rows that draft (all but where only some explore), and whether it explores.
+
+    `looks_up` says whether it is worth while to look tokens up for it.
+    """
 
     draft: Draft
     rows: Sequence[int]
     explores: bool
+    looks_up: bool = True
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -154,7 +160,7 @@ class Schedule:
         self._forecasts: dict[tuple[object, ...], tuple[dict[Draft, Promise], int]] = {}
         self._choices = self._num_recorded = 0
         self._allowance_s, self._since, self._arriving = 0.0, EXPLORE_STEPS, 0.0
-        self._deciding_s = 0.0  # of a step that drafts, beside all passes
+        self._deciding_s = self._looking_s = 0.0  # of a step with and without a draft, beside all passes
 
     def next(self, ahead: Ahead) -> Plan:
         """What this step drafts, and whether it explores: if so, `record` wants what it drafts.
@@ -174,11 +180,13 @@ class Schedule:
             return exploration
         chosen = self._promised.draft
         # A plain step among drafting ones loses what those gain.
-        affordable = max(PLAIN_EVERY, (1 - 1 / self._promised.worth) / PLAIN_SHARE)
+        least = max(1.0, self._bare.worth)
+        affordable = max(PLAIN_EVERY, (1 - least / max(self._promised.worth, least)) / PLAIN_SHARE)
         if self._drafted >= min(affordable, self._until_plain):
             chosen, self._until_plain = PLAIN, max(PLAIN_EVERY, 2 * self._until_plain)
         self._drafted = 0 if chosen == PLAIN else self._drafted + 1
-        return Plan(chosen, range(ahead.rows), explores=False)
+        looks_up = chosen != PLAIN or self._bare.worth >= 1.0
+        return Plan(chosen, range(ahead.rows), explores=False, looks_up=looks_up)
 
     def _exploration(self, ahead: Ahead, promise: Promise) -> Plan | None:
         """A step that explores in place of the one promised, if it is due and can be afforded."""
@@ -222,12 +230,14 @@ class Schedule:
         plain_s = self._plain_s(ahead)
         if draft == PLAIN:
             seconds -= deciding_s
+            self._looking_s += (deciding_s - self._looking_s) / DECIDING_STEPS
             if SURPRISE * seconds < verify_s * self._outcomes.slower(ahead.rows):
                 self._until_plain = 0
-            self._outcomes.plain(ahead.rows, seconds, verify_s)
+            if verify_s < MAX_PLAIN * plain_s:
+                self._outcomes.plain(ahead.rows, seconds, verify_s)
             if self._seen.looks_up:
-                as_foretold = verify_s * self._outcomes.slower(ahead.rows)
-                self._outcomes.drafted(ahead.rows, PLAIN, self._bare.gain, tokens, as_foretold, plain_s)
+                taken = (verify_s + self._looking_s) * self._outcomes.slower(ahead.rows)
+                self._outcomes.drafted(ahead.rows, PLAIN, self._bare.gain, tokens, taken, plain_s)
             return
         self._deciding_s += (deciding_s - self._deciding_s) / DECIDING_STEPS
         debt = extend(sum(ahead.pending), ahead.context) - extend(promise.fed, ahead.context)  # which is paid once
@@ -246,8 +256,9 @@ class Schedule:
 
         `value` returns the calibrated probability that a candidate is kept, 0 where it is of no use, by what is known
         when it is called; `score` is the cumulative draft log-probability, by which the beam was chosen; `parent` the
-        parent's column, -1 at depth 1. `value` has L columns more where as many tokens were looked up; `twin` [B, L] is
-        the candidate that is the same token in the same place, whose value it has, or -1.
+        parent's column, -1 at depth 1. Where L tokens were looked up, `value` has as many columns more for these, and
+        again as many for these without a draft; `twin` [B, L] is the candidate that is the same token in the same
+        place, whose value it has, or -1.
         """
         if not self._warm:
             self._forecasts.clear()
@@ -271,8 +282,9 @@ class Schedule:
         self._choices += 1
         kept = self._outcomes.kept(ahead.rows)
         if self._seen.looks_up:
-            [self._bare] = self._foretold([PLAIN], ahead)
-        least = max(1.0, self._bare.worth * kept(PLAIN))
+            [bare] = self._foretold([PLAIN], ahead)
+            self._bare = dataclasses.replace(bare, worth=bare.worth * kept(PLAIN))
+        least = max(1.0, self._bare.worth)
 
         def worth(promise: Promise) -> float:
             return promise.worth * kept(promise.draft)
@@ -312,7 +324,7 @@ class Schedule:
         rows, context, extend = ahead.rows, ahead.context, self._costs.extend
         if shape == PLAIN:
             nodes, tokens = self._seen.tokens(0, 0, rows)
-            gains = tokens / rows * self._plain_s(ahead) / self._costs.verify(nodes, context)
+            gains = tokens / rows * self._plain_s(ahead) / (self._costs.verify(nodes, context) + self._looking_s)
             return Promise(PLAIN, float(gains.max()), float(gains.max()))
         nodes, tokens = self._seen.tokens(shape.depth, shape.width, rows, shape.floor)
         verify = self._costs.verify(nodes, context)

@@ -13,6 +13,7 @@ Needs the demo model, the committed head and the committed prompts.
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import statistics
 import sys
@@ -39,6 +40,8 @@ from results import interleave, write
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from batchgen.speculation.costs import Costs
+
 EXAMPLES = Path(__file__).parents[1]
 SETS = ("mt_bench", "eagle_gsm8k", "eagle_humaneval")
 # That a mode decodes at least: of few, what is accepted is uncertain by some percent.
@@ -58,6 +61,7 @@ class Machine:
         self.target = Target(path, getattr(torch, dtype), torch.device(device))
         self.draft = Draft(EXAMPLES / "smollm2", self.target)
         self._auto: dict[tuple[str, int], AutoTree] = {}
+        self._costs: dict[int, Costs] = {}
         self.prompts = mixed_prompts(self.tokenizer)
 
     def engine(self, mode: str, rows: int) -> TorchEngine:
@@ -68,8 +72,10 @@ class Machine:
 
     def auto(self, mode: str, rows: int) -> AutoTree:
         """What decides for `rows` rows, with what it has learned: a job decodes for hours, a turn for seconds."""
+        if rows not in self._costs:  # of one measurement for both modes, which then correct their own
+            self._costs[rows], _ = measure(self.target, self.draft, rows)
         if (mode, rows) not in self._auto:
-            (costs, _), on_cpu = measure(self.target, self.draft, rows), self.target.device.type == "cpu"
+            costs, on_cpu = copy.deepcopy(self._costs[rows]), self.target.device.type == "cpu"
             lookup = mode == "auto"
             self._auto[mode, rows] = AutoTree(costs, self.target.pass_sizes, lookup=lookup, stops_early=on_cpu)
         return self._auto[mode, rows]

@@ -176,12 +176,15 @@ def test_what_was_looked_up_counts_once_beside_every_shape(seed, width, depth):
         node = int(rng.integers(len(beam.names)))
         names = [beam.names[node][: i + 1] for i in range(len(beam.names[node]) - int(rng.integers(2)))]
         twin[row, : len(names)] = [beam.names.index(name) for name in names]
-    value = np.concatenate([np.exp(score), np.where(twin >= 0, np.take_along_axis(np.exp(score), twin, 1), 0.01)], 1)
+    looked_up = np.where(twin >= 0, np.take_along_axis(np.exp(score), twin, 1), 0.01)
+    alone = rng.uniform(0.01, 1, looked_up.shape)
+    value = np.concatenate([np.exp(score), looked_up, alone], 1)
     hindsight.record(lambda: value, score, parent, level, twin)
     assert hindsight.looks_up
     had = truncate(score, parent, level, width) & (level <= depth)
     tokens = np.exp(score)[had].tolist()
     for row in range(5):
-        tokens += [value[row, level.shape[1] + i] for i in range(3) if twin[row, i] < 0 or not had[row, twin[row, i]]]
+        beside = [i for i in range(3) if twin[row, i] < 0 or not had[row, twin[row, i]]]
+        tokens += (looked_up if depth else alone)[row, beside].tolist()
     expected = 5 + np.cumsum([0, *sorted(tokens, reverse=True)])
     assert hindsight.tokens(depth, width, 5)[1] == pytest.approx(expected)

@@ -72,6 +72,8 @@ def test_tokens_that_the_head_drafted_too_are_one_with_these():
     assert says(merged.kind[1]) == [None, OTHER, None, None, None, ALONE, ALONE, ALONE]
     assert says(merged.kind[2]) == [None] * 4 + [OTHER, ALONE, ALONE, ALONE]
     assert says(merged.kind[3]) == [None] * 4 + [ALONE] * 4
+    assert merged.rival.tolist() == [[0, 1, 0, 2], [1, 0, 0, 0], [1, 1, 0, 0], [0] * 4]
+    assert (merged.alone[3] == merged.kind[3, 4:]).all()
     lengths = [FROM[(each - 1) // PRIOR.shape[1]] for each in merged.kind[3, 4:]]
     assert lengths == [5, 6, 6, 8], "each token ends a match that is one longer"
 

@@ -156,11 +156,11 @@ def test_hope_is_for_drafting_and_not_for_each_shape_in_turn(rows):
 def test_nothing_is_drafted_where_a_lookup_alone_gives_more(looked_up):
     """A chain of one promises 1.45 of plain steps beside a lookup worth 1.1; to one worth 1.9 it adds nothing."""
     schedule = Schedule(Costs(flat(0.01, 1e-6), flat(0.0), flat(0.001)), [PLAIN, Draft(1, 1)])
-    path = np.tile([0.5, looked_up], (8, 1))
+    path = np.tile([0.5, looked_up, looked_up], (8, 1))
     first, none = np.ones((8, 1), int), np.full((8, 1), -1)
     for _ in range(FIRST_ROWS):
         # Where the lookup is right there is nothing for the head to add.
-        value = path * ([1.0, 1.0] if looked_up < 0.5 else [0.01, 1.0])
+        value = path * ([1.0, 1.0, 1.0] if looked_up < 0.5 else [0.01, 1.0, 1.0])
         schedule.record(lambda value=value: value, np.log(path[:, :1]), none, first, none)
     promise = schedule.choose(ahead(8, 8, 500, 1000))
     assert promise.draft == (Draft(1, 1) if looked_up < 0.5 else PLAIN)
@@ -176,9 +176,9 @@ def test_nothing_is_drafted_where_a_lookup_alone_gives_more(looked_up):
 @taken_at_their_word
 def test_a_lookup_that_disappoints_is_believed_less():
     schedule = Schedule(Costs(flat(0.01, 1e-6), flat(0.0), flat(0.001)), [PLAIN, Draft(1, 1)])
-    value, first, none = np.tile([0.4, 0.9], (8, 1)), np.ones((8, 1), int), np.full((8, 1), -1)
+    value, first, none = np.tile([0.4, 0.9, 0.9], (8, 1)), np.ones((8, 1), int), np.full((8, 1), -1)
     for _ in range(FIRST_ROWS):
-        schedule.record(lambda: value * [0.3, 1.0], np.log(value[:, :1]), none, first, none)
+        schedule.record(lambda: value * [0.3, 1.0, 1.0], np.log(value[:, :1]), none, first, none)
     assert schedule.choose(ahead(8, 8, 500, 1000)).draft == PLAIN, "1.9 against 1.84"
     for _ in range(200):
         draft = schedule.next(ahead(8, 8, 500, 1000)).draft

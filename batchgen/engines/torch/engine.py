@@ -187,6 +187,7 @@ class TorchEngine:
         arrived = sum(num for num, row in zip(pending, rows, strict=True) if not row.acceptance.target_steps)
         ahead = Ahead(sum(row.seen for row in rows), pending, caps, arrived)
         shape, of = self._width.plan(ahead) or (None, range(0))
+        found = self._width.look_up(lambda: [row.history for row in rows], caps)
         candidates = None
         if shape is not None:
             drafts = [slots[r] for r in of]
@@ -194,7 +195,6 @@ class TorchEngine:
             lengths = [rows[r].draft_len for r in of]
             own_caps = torch.tensor([caps[r] for r in of])
             candidates = forest.grow(self._draft, self._slots.pools[1], drafts, state, lengths, shape, own_caps)
-        found = self._width.look_up(lambda: [row.history for row in rows], caps)
         if candidates is None and found is None:
             return None, Forest.of_roots(roots)
         extend_tokens = sum(pending[r] for r in of)

@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from batchgen.speculation.schedule import Ahead
 
 
+# Trees are even if that many of the rows have as many nodes.
+EVEN_ROWS = 0.9
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Drafted:
     """What there was to verify in one step, candidates [B, P] of B of its decoding rows, `rows`.
@@ -163,9 +167,9 @@ class AutoTree:
         self._calibration = Calibration()
         self._schedule = Schedule(costs, SHAPES + STOPPING if stops_early else SHAPES)
         self._throughput = Throughput()
-        # Of the step that was planned last: whether it explores, has even trees, the seconds that deciding took and the
-        # tokens of the head's passes.
-        self._exploring = self._even = False
+        # Of the step that was planned last: whether it explores, looks up and has even trees, the seconds that deciding
+        # took, and the tokens of the head's passes.
+        self._exploring = self._looks_up = self._even = False
         self._deciding_s = 0.0
         self._levels: list[int] = []
         self._expected = 0.0
@@ -177,7 +181,7 @@ class AutoTree:
         began = time.perf_counter()
         self._expected, self._even, self._levels = float(ahead.rows), False, []
         plan = self._schedule.next(ahead)
-        self._exploring = plan.explores
+        self._exploring, self._looks_up = plan.explores, plan.looks_up
         self._deciding_s = time.perf_counter() - began
         if plan.draft == PLAIN:
             return None
@@ -186,7 +190,7 @@ class AutoTree:
 
     def look_up(self, histories: Callable[[], list[History]], caps: Sequence[int]) -> Found | None:
         """See `Width`."""
-        if self._lookup is None:
+        if self._lookup is None or not self._looks_up:
             return None
         began = time.perf_counter()
         found = Found.of(histories(), caps)
@@ -197,27 +201,18 @@ class AutoTree:
         """See `Width`."""
         began = time.perf_counter()
         candidates, merged, shape = drafted.candidates, drafted.merged, drafted.shape
-        columns = (candidates.logp, candidates.rank, candidates.parent, candidates.depth, caps)
-        logp, rank, parent, depth, cap = (column.numpy() for column in columns)
-        of_use, num = depth <= cap[:, None], drafted.num_drafted
-
-        def value() -> NDArray[np.float32]:
-            accepted = np.where(np.isfinite(logp), self._calibration.acceptance(logp, rank, depth), np.float32(0))
-            if merged is None or self._lookup is None:
-                return _along(accepted * of_use, parent, shape)
-            accepted = np.where(merged.kind > 0, self._lookup.share(merged.kind), accepted) * of_use
-            path = _along(accepted[:, :num], parent, shape)
-            return np.concatenate([path, _beside(path, accepted[:, num:], merged.twin)], 1)
-
-        path = value()
+        logp, rank, parent, depth = candidates.logp, candidates.rank, candidates.parent, candidates.depth
+        offer = _Offer(logp.numpy(), rank.numpy(), parent.numpy(), depth.numpy(), caps.numpy(), merged, shape)
+        num, path = drafted.num_drafted, offer.value(self._calibration, self._lookup)
         if self._exploring:
-            self._record(drafted, value)
+            self._record(offer, candidates.score.numpy()[:, :num])
         rows, self._levels = ahead.rows, drafted.level_tokens()
         throughput = self._throughput.value(rows, self._unit_s(rows, ahead.context))
         # What a step takes however many nodes it verifies tells only what its tokens are worth.
-        drafting_s = 0.0 if throughput is not None else self._drafting_s(drafted.extend_tokens, ahead.context)
+        fed = rows if shape is not None else 0  # as in a step like many, whatever is pending in this one
+        drafting_s = 0.0 if throughput is not None else self._drafting_s(fed, ahead.context)
         if merged is not None:
-            path[:, num:][merged.twin >= 0] = 0.0
+            path[:, num:][merged.twin >= 0] = 0.0  # what has a twin is verified as that
         kept = budget.select(
             path,
             num_roots=rows,
@@ -232,13 +227,20 @@ class AutoTree:
         self._deciding_s += time.perf_counter() - began
         return torch.from_numpy(kept)
 
-    def _record(self, drafted: Drafted, value: Callable[[], NDArray[np.float32]]) -> None:
-        """Remember what the rows that explored had to verify; the others have candidates that are no head's."""
-        columns = (drafted.candidates.score, drafted.candidates.parent, drafted.candidates.depth)
-        score, parent, depth = (column.numpy()[:, : drafted.num_drafted] for column in columns)
-        rows = np.flatnonzero(np.isfinite(score[:, 0]))
-        twin = None if drafted.merged is None else drafted.merged.twin[rows]
-        self._schedule.record(lambda: value()[rows], score[rows], parent[rows], depth[rows], twin)
+    def _record(self, offer: _Offer, score: NDArray[np.float32]) -> None:
+        """Remember what the rows that explored had to verify; of the others there is nothing of a head."""
+        rows, num = np.flatnonzero(np.isfinite(score[:, 0])), score.shape[1]
+        mine = offer.of_rows(rows)
+
+        def value() -> NDArray[np.float32]:
+            path = mine.value(self._calibration, self._lookup)
+            if mine.merged is None or self._lookup is None:
+                return path
+            alone = self._lookup.share(mine.merged.alone) * mine.of_use[:, num:]
+            return np.concatenate([path, np.cumprod(alone, axis=1)], 1)
+
+        twin = None if mine.merged is None else mine.merged.twin
+        self._schedule.record(value, score[rows], mine.parent[:, :num], mine.depth[:, :num], twin)
 
     def _evened(
         self, path: NDArray[np.float32], uneven: NDArray[np.bool_], throughput: float, context: int
@@ -249,6 +251,8 @@ class AutoTree:
         likeliest, num_even = np.sort(path, axis=1)[:, : -budget.MOST_EVEN - 1 : -1], 0
         for num_nodes in range(1, likeliest.shape[1] + 1):
             column = likeliest[:, :num_nodes]
+            if np.count_nonzero(column[:, -1]) < EVEN_ROWS * rows:
+                break
             seconds = self.costs.even * self.costs.verify(rows + int(np.count_nonzero(column)), context)
             found = float(column.sum()) - throughput * seconds
             if found > gain:
@@ -296,9 +300,13 @@ class AutoTree:
     def _learn(self, drafted: Drafted, reached: Reached) -> None:
         features = (drafted.candidates.logp, drafted.candidates.rank, drafted.candidates.depth)
         logp, rank, depth = (feature.numpy()[reached.row, reached.column] for feature in features)
-        own = np.isfinite(logp)
-        if drafted.merged is not None and self._lookup is not None:
-            self._lookup.learn(drafted.merged.kind[reached.row, reached.column], reached.chance)
+        own, merged = np.isfinite(logp), drafted.merged
+        if merged is not None and self._lookup is not None:
+            kind = merged.kind[reached.row, reached.column]
+            self._lookup.learn(kind, reached.chance)
+            # The head's word is judged where there is no other.
+            rival = merged.rival[reached.row, np.minimum(reached.column, drafted.num_drafted - 1)] if own.any() else 0
+            own &= (kind == 0) & (rival == 0)
         if self._calibration.learn(logp[own], rank[own], depth[own], reached.chance[own]):
             self._schedule.revalue()
 
@@ -325,6 +333,51 @@ class AutoTree:
             "tokens_per_step": round(self._num_tokens / self._num_steps, 3),
             "calibration": self._calibration.report(),
         }
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Offer:
+    """Candidates of B rows, [B, P] each, L of them looked up as `merged` says, to be valued by what is known."""
+
+    logp: NDArray[np.float32]
+    rank: NDArray[np.int64]
+    parent: NDArray[np.int64]
+    depth: NDArray[np.int64]
+    cap: NDArray[np.int64]
+    merged: Merged | None
+    shape: Shape | None
+
+    @property
+    def of_use(self) -> NDArray[np.bool_]:
+        """Whether a row may still give as many tokens."""
+        of_use: NDArray[np.bool_] = self.depth <= self.cap[:, None]
+        return of_use
+
+    def of_rows(self, rows: NDArray[np.intp]) -> _Offer:
+        """The same of some rows."""
+        merged = None if self.merged is None else self.merged.of_rows(rows)
+        tokens = (self.logp[rows], self.rank[rows], self.parent[rows], self.depth[rows])
+        return _Offer(*tokens, self.cap[rows], merged, self.shape)
+
+    def value(self, calibration: Calibration, lookup: Kept | None) -> NDArray[np.float32]:
+        """The probability that each is kept, 0 where it is of no use; of what was looked up that of its twin."""
+        drafted = calibration.acceptance(self.logp, self.rank, self.depth)
+        accepted = np.where(np.isfinite(self.logp), drafted, np.float32(0))
+        if self.merged is None or lookup is None:
+            return _along(accepted * self.of_use, self.parent, self.shape)
+        twin, kind, num = self.merged.twin, self.merged.kind, self.merged.rival.shape[1]
+        share = lookup.share(kind)
+        looked_up = share[:, num:]
+        if num:
+            rows, of_twin = np.arange(len(twin))[:, None], twin >= 0
+            looked_up = np.where(of_twin, share[rows, twin], looked_up)
+            # What the head leaves to others than the twin is theirs in what the lookup leaves.
+            left = (1 - looked_up) / np.maximum(1 - np.where(of_twin, accepted[rows, twin], 0), 1e-3)
+            left = np.concatenate([np.ones((len(twin), 1), np.float32), np.minimum(left, 1)], 1)
+            accepted[:, :num] *= left[rows, self.merged.rival]
+        accepted = np.where(kind > 0, share, accepted) * self.of_use
+        path = _along(accepted[:, :num], self.parent, self.shape)
+        return np.concatenate([path, _beside(path, accepted[:, num:], twin)], 1)
 
 
 def _along(accepted: NDArray[np.float32], parent: NDArray[np.int64], shape: Shape | None) -> NDArray[np.float32]:
