@@ -58,6 +58,8 @@ FIRST_PAUSE = 4
 EXPLORE_ROWS = 16
 # Over how many steps the seconds of deciding are averaged.
 DECIDING_STEPS = 32
+# In how many steps without a lookup it is forgotten how long one takes, so that it is tried again.
+LOOKING_STEPS = 256
 # Steps that make a throughput, and steps that it remembers.
 WARM_STEPS, MEMORY_STEPS = 4, 64
 
@@ -155,7 +157,8 @@ class Schedule:
         self._outcomes = Outcomes()
         # What the last step started from, what it was promised, and drafting steps since a plain one.
         self._ahead, self._promised, self._drafted = Ahead(0, [], [], 0), _NOTHING, 0
-        self._bare = _NOTHING  # what a step without a draft promised
+        # What a step without a draft promised, and whether the last step looked tokens up.
+        self._bare, self._looks_up = _NOTHING, True
         self._until_plain = PLAIN_EVERY  # as many as it takes to be sure of the costs
         self._forecasts: dict[tuple[object, ...], tuple[dict[Draft, Promise], int]] = {}
         self._choices = self._num_recorded = 0
@@ -185,8 +188,8 @@ class Schedule:
         if self._drafted >= min(affordable, self._until_plain):
             chosen, self._until_plain = PLAIN, max(PLAIN_EVERY, 2 * self._until_plain)
         self._drafted = 0 if chosen == PLAIN else self._drafted + 1
-        looks_up = chosen != PLAIN or self._bare.worth >= 1.0
-        return Plan(chosen, range(ahead.rows), explores=False, looks_up=looks_up)
+        self._looks_up = chosen != PLAIN or self._bare.worth >= 1.0
+        return Plan(chosen, range(ahead.rows), explores=False, looks_up=self._looks_up)
 
     def _exploration(self, ahead: Ahead, promise: Promise) -> Plan | None:
         """A step that explores in place of the one promised, if it is due and can be afforded."""
@@ -230,12 +233,14 @@ class Schedule:
         plain_s = self._plain_s(ahead)
         if draft == PLAIN:
             seconds -= deciding_s
-            self._looking_s += (deciding_s - self._looking_s) / DECIDING_STEPS
             if SURPRISE * seconds < verify_s * self._outcomes.slower(ahead.rows):
                 self._until_plain = 0
             if verify_s < MAX_PLAIN * plain_s:
                 self._outcomes.plain(ahead.rows, seconds, verify_s)
-            if self._seen.looks_up:
+            if not self._looks_up:
+                self._looking_s *= 1 - 1 / LOOKING_STEPS
+            elif self._seen.looks_up:
+                self._looking_s += (deciding_s - self._looking_s) / DECIDING_STEPS
                 taken = (verify_s + self._looking_s) * self._outcomes.slower(ahead.rows)
                 self._outcomes.drafted(ahead.rows, PLAIN, self._bare.gain, tokens, taken, plain_s)
             return

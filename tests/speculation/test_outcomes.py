@@ -185,3 +185,21 @@ def test_a_lookup_that_disappoints_is_believed_less():
         gave, seconds = (8 * 1.3, 0.01) if draft == PLAIN else (8 * 2.02, 0.011)
         schedule.timed(draft, gave, seconds, 0.01)
     assert schedule.choose(ahead(8, 8, 500, 1000)).draft == Draft(1, 1)
+
+
+@taken_at_their_word
+def test_where_looking_up_takes_longer_than_it_saves_it_is_left_and_tried_again():
+    schedule = Schedule(Costs(flat(0.01, 1e-3), flat(0.0), flat(1.0)), [PLAIN, Draft(1, 1)])
+    value, first, none = np.tile([0.1, 0.9, 0.9], (8, 1)), np.ones((8, 1), int), np.full((8, 1), -1)
+    for _ in range(FIRST_ROWS):
+        schedule.record(lambda: value, np.log(value[:, :1]), none, first, none)
+    looked_up = []
+    for _ in range(2000):
+        plan = schedule.next(ahead(8, 8, 500, 1000))
+        assert plan.draft == PLAIN
+        looked_up.append(plan.looks_up)
+        deciding_s = 0.02 if plan.looks_up else 0.0
+        tokens, verify_s = (8 * 1.9, 0.026) if plan.looks_up else (8, 0.018)
+        schedule.timed(PLAIN, tokens, verify_s + deciding_s, verify_s, deciding_s)
+    assert looked_up[0]
+    assert 0 < sum(looked_up) < 400
