@@ -57,7 +57,7 @@ def test_each_rows_counts_sum_to_vllms_own(vllm, demo):
         assert c.acceptance.target_steps >= c.acceptance.draft_steps
         if stretches := c.acceptance.by_position:
             total = sum(stretches, Stretch())
-            assert total[1:] == (c.acceptance.draft_steps, c.acceptance.draft_tokens, c.acceptance.accepted_tokens)
+            assert total[1:] == (c.acceptance.draft_steps, c.acceptance.draft_tokens, c.acceptance.accepted_tokens, 0)
         assert len(c.token_ids) <= 1 + c.acceptance.target_steps + c.acceptance.accepted_tokens
 
 
