@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -25,11 +25,29 @@ KEPT_ROWS = 128
 GRID = 512
 
 
+class Explored(NamedTuple):
+    """What an explored step had to verify: candidates, [B, P] each in level order and of equal depths in every row.
+
+    value: calls for the calibrated probability that each is kept, 0 where it is of no use, by what is known then; where
+        L tokens were looked up, of these as well, and of these once more as without a draft: [B, P + 2 L]
+    score: cumulative draft log-probability, by which the beam was chosen
+    parent: the parent's column, -1 at depth 1
+    twin: of each token that was looked up [B, L] the candidate that is the same in the same place, whose value it has,
+        or -1
+    """
+
+    value: Callable[[], NDArray[Any]]
+    score: NDArray[Any]
+    parent: NDArray[Any]
+    depth: NDArray[Any]
+    twin: NDArray[Any] | None = None
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Draft:
     """One recorded draft: how to value its candidates, their scores and depths, and which a beam of each width had.
 
-    `twin` is as in `Schedule.record`.
+    `twin` is as in `Explored`.
     """
 
     value: Callable[[], NDArray[Any]]
@@ -102,15 +120,9 @@ class Hindsight:
         self.num_rows = self.depth = 0
         self.looks_up = False  # whether anything ever was
 
-    def record(
-        self,
-        value: Callable[[], NDArray[Any]],
-        score: NDArray[Any],
-        parent: NDArray[Any],
-        depth: NDArray[Any],
-        twin: NDArray[Any] | None = None,
-    ) -> None:
-        """Remember a draft; see `Schedule.record`."""
+    def record(self, explored: Explored) -> None:
+        """Remember a draft."""
+        value, score, parent, depth, twin = explored
         found = {width: truncate(score, parent, depth, width) for width in self._widths}
         self.looks_up |= twin is not None
         twin = np.empty((len(score), 0), np.int64) if twin is None else twin

@@ -19,16 +19,16 @@ step. While drafting pays little, a plain step is taken now and then to compare 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from batchgen.speculation.costs import power_of_two
-from batchgen.speculation.hindsight import Hindsight
+from batchgen.speculation.hindsight import Explored, Hindsight
 from batchgen.speculation.outcomes import Outcomes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
@@ -66,7 +66,7 @@ WARM_STEPS, MEMORY_STEPS = 4, 64
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Draft:
-    """How deep to draft and how many nodes of each level to expand; `Draft(0, 0)` is a plain step.
+    """How deep to draft and how many nodes of each level to expand; `Draft(0, 0)` is a step without a draft.
 
     Of each expanded node the `CHILDREN` likeliest next tokens are candidates: they cost no pass. Rows whose likeliest
     path to a level is less likely than `floor`, by the head's own word, are drafted no deeper.
@@ -249,25 +249,11 @@ class Schedule:
         if debt <= MAX_DEBT * seconds:
             self._outcomes.drafted(ahead.rows, draft, promise.gain, tokens, seconds - debt, plain_s)
 
-    def record(
-        self,
-        value: Callable[[], NDArray[Any]],
-        score: NDArray[Any],
-        parent: NDArray[Any],
-        depth: NDArray[Any],
-        twin: NDArray[Any] | None = None,
-    ) -> None:
-        """Remember an explored step's candidates, [B, P] each in level order and of equal depths in every row.
-
-        `value` returns the calibrated probability that a candidate is kept, 0 where it is of no use, by what is known
-        when it is called; `score` is the cumulative draft log-probability, by which the beam was chosen; `parent` the
-        parent's column, -1 at depth 1. Where L tokens were looked up, `value` has as many columns more for these, and
-        again as many for these without a draft; `twin` [B, L] is the candidate that is the same token in the same
-        place, whose value it has, or -1.
-        """
+    def record(self, explored: Explored) -> None:
+        """Remember what an explored step had to verify."""
         if not self._warm:
             self._forecasts.clear()
-        self._seen.record(value, score, parent, depth, twin)
+        self._seen.record(explored)
         self._num_recorded += 1
 
     def revalue(self) -> None:

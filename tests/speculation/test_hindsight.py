@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchgen.speculation.hindsight import KEPT_ROWS, Hindsight, truncate
+from batchgen.speculation.hindsight import KEPT_ROWS, Explored, Hindsight, truncate
 
 
 class Beam:
@@ -76,7 +76,7 @@ def recorded(seeds, levels=3):
     hindsight = Hindsight([1, 2, 4])
     beams = [Beam(s, 4, levels) for s in seeds]
     score, parent, depth = stacked(beams)
-    hindsight.record(lambda: np.exp(score), score, parent, depth)
+    hindsight.record(Explored(lambda: np.exp(score), score, parent, depth))
     return hindsight, np.exp(score), (score, parent, depth)
 
 
@@ -142,7 +142,7 @@ def test_many_nodes_are_looked_at_in_strides():
 def test_candidates_of_no_use_are_none():
     hindsight, path, (score, parent, depth) = recorded(range(2))
     other = Hindsight([4])
-    other.record(lambda: np.where(depth > 1, 0, path), score, parent, depth)
+    other.record(Explored(lambda: np.where(depth > 1, 0, path), score, parent, depth))
     assert len(other.tokens(3, 4, 2)[0]) == len(hindsight.tokens(1, 4, 2)[0])
 
 
@@ -150,7 +150,7 @@ def test_the_newest_rows_are_kept():
     hindsight = Hindsight([1])
     draft = np.zeros((100, 1)), np.full((100, 1), -1), np.ones((100, 1), int)
     for p in (0.1, 0.2, 0.4, 0.8):
-        hindsight.record(lambda p=p: np.full((100, 1), p), *draft)
+        hindsight.record(Explored(lambda p=p: np.full((100, 1), p), *draft))
     assert KEPT_ROWS <= hindsight.num_rows == 200
     assert hindsight.tokens(1, 1, 200)[1][-1] == pytest.approx(200 + 100 * (0.4 + 0.8))
     assert hindsight.depth == 1
@@ -158,7 +158,9 @@ def test_the_newest_rows_are_kept():
 
 def test_drafts_are_valued_by_what_is_known_now():
     hindsight, known = Hindsight([1]), 0.5
-    hindsight.record(lambda: np.full((4, 1), known), np.zeros((4, 1)), np.full((4, 1), -1), np.ones((4, 1), int))
+    hindsight.record(
+        Explored(lambda: np.full((4, 1), known), np.zeros((4, 1)), np.full((4, 1), -1), np.ones((4, 1), int))
+    )
     assert hindsight.tokens(1, 1, 4)[1][-1] == pytest.approx(4 + 4 * 0.5)
     known = 0.25
     hindsight.revalue()
@@ -179,7 +181,7 @@ def test_what_was_looked_up_counts_once_beside_every_shape(seed, width, depth):
     looked_up = np.where(twin >= 0, np.take_along_axis(np.exp(score), twin, 1), 0.01)
     alone = rng.uniform(0.01, 1, looked_up.shape)
     value = np.concatenate([np.exp(score), looked_up, alone], 1)
-    hindsight.record(lambda: value, score, parent, level, twin)
+    hindsight.record(Explored(lambda: value, score, parent, level, twin))
     assert hindsight.looks_up
     had = truncate(score, parent, level, width) & (level <= depth)
     tokens = np.exp(score)[had].tolist()

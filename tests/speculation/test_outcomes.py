@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from batchgen.speculation import outcomes
 from batchgen.speculation.costs import Costs, Table
+from batchgen.speculation.hindsight import Explored
 from batchgen.speculation.schedule import FIRST_ROWS, PLAIN, PLAIN_EVERY, Draft, Schedule
 
 from .conftest import CHEAP, ahead, flat, pools, taken_at_their_word
@@ -21,7 +22,7 @@ def promising(rows=8):
     schedule = Schedule(CHEAP, CHAINS)
     path, depth = np.tile([0.5, 0.25], (rows, 1)), np.tile([1, 2], (rows, 1))
     for _ in range(FIRST_ROWS):
-        schedule.record(lambda: path, np.log(path), np.tile([-1, 0], (rows, 1)), depth)
+        schedule.record(Explored(lambda: path, np.log(path), np.tile([-1, 0], (rows, 1)), depth))
     return schedule
 
 
@@ -81,7 +82,7 @@ def test_costs_measured_in_a_bad_moment_do_not_keep_a_job_from_plain_steps():
     for step in range(400):
         plan = schedule.next(ahead(rows, rows, 500, 10_000))
         if plan.explores:
-            schedule.record(*pools(step, rows, 4, 6))
+            schedule.record(Explored(*pools(step, rows, 4, 6)))
         nodes, tokens = (rows, rows) if plan.draft == PLAIN else (30 * rows, 2.5 * rows)
         seconds = true_s(nodes)
         if not plan.explores:
@@ -121,7 +122,7 @@ def of_a_node(gain):
     schedule = Schedule(Costs(flat(0.02 - 8 * per_row, per_row), flat(1.0), flat(0.0)), [PLAIN, Draft(1, 1)])
     path, parent = np.full((8, 1), 0.5), np.full((8, 1), -1)
     for _ in range(FIRST_ROWS):
-        schedule.record(lambda: path, np.log(path), parent, np.ones((8, 1), int))
+        schedule.record(Explored(lambda: path, np.log(path), parent, np.ones((8, 1), int)))
     return schedule
 
 
@@ -161,7 +162,7 @@ def test_nothing_is_drafted_where_a_lookup_alone_gives_more(looked_up):
     for _ in range(FIRST_ROWS):
         # Where the lookup is right there is nothing for the head to add.
         value = path * ([1.0, 1.0, 1.0] if looked_up < 0.5 else [0.01, 1.0, 1.0])
-        schedule.record(lambda value=value: value, np.log(path[:, :1]), none, first, none)
+        schedule.record(Explored(lambda value=value: value, np.log(path[:, :1]), none, first, none))
     promise = schedule.choose(ahead(8, 8, 500, 1000))
     assert promise.draft == (Draft(1, 1) if looked_up < 0.5 else PLAIN)
     worth = 1 + looked_up
@@ -178,7 +179,7 @@ def test_a_lookup_that_disappoints_is_believed_less():
     schedule = Schedule(Costs(flat(0.01, 1e-6), flat(0.0), flat(0.001)), [PLAIN, Draft(1, 1)])
     value, first, none = np.tile([0.4, 0.9, 0.9], (8, 1)), np.ones((8, 1), int), np.full((8, 1), -1)
     for _ in range(FIRST_ROWS):
-        schedule.record(lambda: value * [0.3, 1.0, 1.0], np.log(value[:, :1]), none, first, none)
+        schedule.record(Explored(lambda: value * [0.3, 1.0, 1.0], np.log(value[:, :1]), none, first, none))
     assert schedule.choose(ahead(8, 8, 500, 1000)).draft == PLAIN, "1.9 against 1.84"
     for _ in range(200):
         draft = schedule.next(ahead(8, 8, 500, 1000)).draft
@@ -192,7 +193,7 @@ def test_where_looking_up_takes_longer_than_it_saves_it_is_left_and_tried_again(
     schedule = Schedule(Costs(flat(0.01, 1e-3), flat(0.0), flat(1.0)), [PLAIN, Draft(1, 1)])
     value, first, none = np.tile([0.1, 0.9, 0.9], (8, 1)), np.ones((8, 1), int), np.full((8, 1), -1)
     for _ in range(FIRST_ROWS):
-        schedule.record(lambda: value, np.log(value[:, :1]), none, first, none)
+        schedule.record(Explored(lambda: value, np.log(value[:, :1]), none, first, none))
     looked_up = []
     for _ in range(2000):
         plan = schedule.next(ahead(8, 8, 500, 1000))

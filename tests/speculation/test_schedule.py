@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from batchgen.speculation.budget import MOST_EVEN
 from batchgen.speculation.costs import Costs, Table
-from batchgen.speculation.hindsight import Hindsight
+from batchgen.speculation.hindsight import Explored, Hindsight
 from batchgen.speculation.schedule import (
     ARRIVAL_STEPS,
     EXPLORE_ROWS,
@@ -90,7 +90,7 @@ def exhaustive(shape, rows, per_token, draft, context, pending, left):
 )
 def test_the_choice_is_that_of_exhaustive_evaluation(seed, rows, per_token, max_depth, pending):
     schedule = Schedule(per_token, SMALL + STOPS)
-    schedule.record(*pools(seed, rows, 2, 3))
+    schedule.record(Explored(*pools(seed, rows, 2, 3)))
     chosen = schedule.choose(ahead(rows, pending, max_depth, 1000)).draft
     allowed = [shape for shape in SMALL if shape.depth <= max_depth]
     if max_depth > 1 and rows <= STOPPING_ROWS:
@@ -123,33 +123,33 @@ def test_rows_with_little_to_catch_up_on_explore():
 def test_free_drafts_are_large_and_dear_ones_none():
     for per_token, expected in ((CHEAP, 6), (DEAR, 0)):
         schedule = Schedule(per_token)
-        schedule.record(*pools(0, 8, 4, 6, kept=0.95))
+        schedule.record(Explored(*pools(0, 8, 4, 6, kept=0.95)))
         assert schedule.choose(ahead(8, 8, 100)).draft.depth == expected
 
 
 @taken_at_their_word
 def test_decisions_are_kept_until_something_changes():
     schedule = Schedule(CHEAP)
-    schedule.record(*pools(0, 8, 4, 6))
+    schedule.record(Explored(*pools(0, 8, 4, 6)))
     before = schedule.choose(ahead(8, 8, 100)).draft
     schedule._costs = DEAR
     assert {schedule.choose(ahead(8, 8, 100)).draft for _ in range(FORECAST_STEPS - 1)} == {before}
     assert schedule.choose(ahead(8, 8, 100)).draft == PLAIN
     schedule._costs = CHEAP
-    schedule.record(*pools(0, 8, 4, 6))
+    schedule.record(Explored(*pools(0, 8, 4, 6)))
     assert schedule.choose(ahead(8, 8, 100)).draft == before
     for _ in range(FIRST_ROWS):
-        schedule.record(*pools(0, 8, 4, 6))
+        schedule.record(Explored(*pools(0, 8, 4, 6)))
     schedule.choose(ahead(8, 8, 100))
     schedule._costs = DEAR
-    schedule.record(*pools(0, 8, 4, 6))
+    schedule.record(Explored(*pools(0, 8, 4, 6)))
     schedule.revalue()
     assert schedule.choose(ahead(8, 8, 100)).draft == before, "what is learned later waits"
 
 
 def test_drafting_resumes_when_it_repays_the_catch_up_in_time():
     schedule = Schedule(CHEAP)
-    schedule.record(*pools(0, 8, 4, 6))
+    schedule.record(Explored(*pools(0, 8, 4, 6)))
     nodes, tokens = schedule._seen.tokens(6, 4, 8)
     levels = CHEAP.level(np.array(Draft(6, 4).level_tokens(8)), 100).sum()
     step = CHEAP.verify(nodes, 100) + levels + CHEAP.extend(tokens, 100)
@@ -165,7 +165,7 @@ def test_drafting_resumes_when_it_repays_the_catch_up_in_time():
 @taken_at_their_word
 def test_rows_near_their_end_repay_less():
     schedule = Schedule(CHEAP)
-    schedule.record(*pools(0, 8, 4, 6))
+    schedule.record(Explored(*pools(0, 8, 4, 6)))
     owed = 40_000
     assert schedule.choose(ahead(8, owed, 1000)).draft != PLAIN
     assert schedule.choose(ahead(8, owed, 7)).draft == PLAIN
@@ -176,7 +176,7 @@ def test_prompts_that_keep_arriving_are_paid_for_whole():
     """40,000 tokens, 40 ms, are worth their while once; in every other step they are not."""
     for every, drafts in ((ARRIVAL_STEPS, True), (2, False)):
         schedule = Schedule(CHEAP)
-        schedule.record(*pools(0, 8, 4, 6))
+        schedule.record(Explored(*pools(0, 8, 4, 6)))
         assert schedule.choose(ahead(8, 40_000, 1000)).draft != PLAIN
         for step in range(ARRIVAL_STEPS):
             schedule.next(ahead(8, 40_000, 1000, arrived=40_000 * (step % every == 0)))
@@ -190,7 +190,7 @@ def test_prompts_that_come_all_at_once_are_paid_for_once():
     left = {}
     for arrives in (False, True):
         schedule = Schedule(per_token)
-        schedule.record(*pools(0, 8, 4, 6))
+        schedule.record(Explored(*pools(0, 8, 4, 6)))
         for step in range(20 * ARRIVAL_STEPS if arrives else 0):
             schedule.next(ahead(8, 8, 1000, arrived=burst * (step % every == 0)))
         left[arrives] = schedule.choose(ahead(8, burst, every)).worth
@@ -208,13 +208,13 @@ class World:
     def steps(self, num, kept, cap=500):
         """The shape and whether it explored, of each step."""
         truth = Hindsight([1, 2, 4])
-        truth.record(*pools(0, 64, 4, 6, kept))
+        truth.record(Explored(*pools(0, 64, 4, 6, kept)))
         for step in range(num):
             due = Ahead(1000, self.pending, [cap] * self.rows, 0)
             usual = self.schedule.choose(due).draft
             plan = self.schedule.next(due)
             if plan.explores:
-                self.schedule.record(*pools(step, len(plan.rows), 4, 6, kept))
+                self.schedule.record(Explored(*pools(step, len(plan.rows), 4, 6, kept)))
                 tokens, seconds = self._step(plan, truth)
                 usual_tokens, usual_s = self._step(Plan(usual, range(self.rows), explores=False), truth)
                 self.extra_s += seconds - usual_s * (1.0 if usual == PLAIN else tokens / usual_tokens)
@@ -273,7 +273,7 @@ def test_the_first_rows_of_a_small_batch_are_all_explored():
 def test_rows_near_their_end_are_not_explored():
     schedule = Schedule(CHEAP)
     for seed in range(FIRST_STEPS):
-        schedule.record(*pools(seed, 16, 4, 6))
+        schedule.record(Explored(*pools(seed, 16, 4, 6)))
     schedule.spent(1e6)
     assert not any(schedule.next(ahead(16, 16, 3)).explores for _ in range(100))
     assert schedule.next(ahead(16, 16, 0)) == Plan(PLAIN, range(16), explores=False)
@@ -283,7 +283,7 @@ def test_rows_near_their_end_are_not_explored():
 def test_savings_are_not_carried_over():
     schedule = Schedule(CHEAP)
     for seed in range(FIRST_STEPS):
-        schedule.record(*pools(seed, 16, 4, 6))
+        schedule.record(Explored(*pools(seed, 16, 4, 6)))
     schedule.spent(1e6)
     due = ahead(16, 10**6, 6, 0)
     assert [schedule.next(due).explores for _ in range(100)].count(True) == 1

@@ -19,6 +19,7 @@ from batchgen.engines.torch.forest import Candidates, Shape
 from batchgen.speculation import budget
 from batchgen.speculation.calibration import Calibration
 from batchgen.speculation.costs import RATE
+from batchgen.speculation.hindsight import Explored
 from batchgen.speculation.lookup import Found, Kept
 from batchgen.speculation.schedule import CHILDREN, PLAIN, SHAPES, STOPPING, Draft, Schedule, Throughput
 from batchgen_kernels.tree_attention import MAX_NODES
@@ -103,7 +104,7 @@ class Width(Protocol):
     learns: bool
 
     def plan(self, ahead: Ahead) -> tuple[Shape, Sequence[int]] | None:
-        """What to draft, and for which rows, rising; None for a plain step."""
+        """What the head drafts, and for which rows, rising; None: nothing."""
 
     def look_up(self, histories: Callable[[], list[History]], caps: Sequence[int]) -> Found | None:
         """What is to be looked up for all rows, which have these histories, beside what the head drafts."""
@@ -240,7 +241,7 @@ class AutoTree:
             return np.concatenate([path, np.cumprod(alone, axis=1)], 1)
 
         twin = None if mine.merged is None else mine.merged.twin
-        self._schedule.record(value, score[rows], mine.parent[:, :num], mine.depth[:, :num], twin)
+        self._schedule.record(Explored(value, score[rows], mine.parent[:, :num], mine.depth[:, :num], twin))
 
     def _evened(
         self, path: NDArray[np.float32], uneven: NDArray[np.bool_], throughput: float, context: int

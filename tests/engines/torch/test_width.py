@@ -20,9 +20,11 @@ from batchgen.engines.torch.engine import TorchEngine
 from batchgen.engines.torch.forest import Candidates, Shape
 from batchgen.engines.torch.linear import FEW_NUMBERS
 from batchgen.engines.torch.measure import Clock, measure
-from batchgen.engines.torch.width import AutoTree, Drafted, FixedTree, Step
+from batchgen.engines.torch.width import AutoTree, Drafted, FixedTree, Step, _Offer
 from batchgen.record import Request, Sampling, Stretch
+from batchgen.speculation.calibration import Calibration
 from batchgen.speculation.costs import Costs, Table, load_costs
+from batchgen.speculation.lookup import LIKELY, OTHER, PRIOR, Found, Kept
 from batchgen.speculation.schedule import WARM_STEPS, Ahead
 
 from .conftest import GREEDY, SAMPLED
@@ -158,6 +160,24 @@ def test_what_rows_repeat_is_verified_and_changes_no_token(bench, prompts):
             a = c.acceptance
             kept_in_all = a.accepted_tokens + a.accepted_lookup_tokens
             assert len(c.token_ids) - 1 - kept_in_all in (a.target_steps, a.target_steps - 1)
+
+
+def test_what_the_head_leaves_to_others_than_the_looked_up_token_is_shared_by_them():
+    """One row: below the root 7 and 8, below 7 then 5 and 6; looked up 7, then 9, which the head has not."""
+    logp = torch.tensor([[0.4, 0.3, 0.6, 0.2]]).log()
+    rank, depth, parent = (torch.tensor([each]) for each in ([0, 1, 0, 1], [1, 1, 2, 2], [-1, -1, 0, 0]))
+    candidates = Candidates(logp, logp, rank, torch.tensor([[7, 8, 5, 6]]), parent, depth)
+    both, merged = candidates.beside(Found(np.array([[7, 9]]), np.array([4])))
+    calibration, kept = Calibration(), Kept()
+    columns = [each.numpy() for each in (both.logp, both.rank, both.parent, both.depth)]
+    offer = _Offer(*columns, np.array([9]), merged, Shape(2, 1, 4, children=2))
+    own = calibration.acceptance(*columns[:2], columns[3])[0]
+    same, other = PRIOR[2, LIKELY], PRIOR[3, OTHER]
+    below = own[2:4] * (1 - other)
+    expected = [same, own[1] * (1 - same) / (1 - own[0]), *(same * below), same, same * other]
+    assert offer.value(calibration, kept)[0] == pytest.approx(expected, rel=1e-4)
+    near_its_end = dataclasses.replace(offer, cap=np.array([1]))
+    assert near_its_end.value(calibration, kept)[0] == pytest.approx([*expected[:2], 0, 0, expected[4], 0], rel=1e-4)
 
 
 class Counting(AutoTree):
