@@ -201,9 +201,7 @@ def report(
 @click.option(
     "--to", metavar="FOLDER", help="Where to; by default features/ among what the job keeps beside its parts."
 )
-@click.option(
-    "--layers", metavar="N,N,...", help="After how many decoder layers; by default an EAGLE-3 head's, and all."
-)
+@click.option("--layers", metavar="N,N,...", help="After how many decoder layers; by default its head's, and the last.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True)
 @_JSON
 def features(

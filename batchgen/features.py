@@ -82,8 +82,8 @@ def run(
 ) -> Work:
     """Capture what is not captured yet, into the folder `to` or one beside the job's parts; returns what was to do.
 
-    `layers` are counts of decoder layers, by default those that EAGLE-3 heads listen to and the last one. `started` is
-    called before any model is loaded, `stored` after each file.
+    `layers` are counts of decoder layers, by default those that the job's head listens to, or EAGLE-3 heads do, and the
+    last one. `started` is called before any model is loaded, `stored` after each file.
 
     Raises:
         InputError: the job has no parts, or they hold no token ids.
@@ -95,7 +95,8 @@ def run(
     folder = (to or f"{output}/{STATE_FOLDER}/features").rstrip("/")
     store = sink if to is None else connect(folder, spec.output.storage_options)
     target = models.fetch(spec.model.target)
-    at, width = engines.layers(target, layers)
+    draft = models.fetch(spec.model.draft) if layers is None and spec.model.draft is not None else None
+    at, width = engines.layers(target, layers, draft, spec.model.aux_layers)
     token_bytes = len(at) * width * (4 if dtype == "float32" else 2)
     files = list(_files(sink, output, target.identity, max(1, FILE_BYTES // token_bytes)))
     found = {url.rsplit("/", 1)[-1]: url for url in store.find(folder, recursive=False)}

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 # Personal data that has no pattern.
 NAMES: tuple[Literal["PERSON", "LOCATION"], ...] = ("PERSON", "LOCATION")
 
+# How long a Ray worker may load its engine, and be silent, unless a job file says otherwise.
+START_SECONDS, SILENT_SECONDS = 1800.0, 600.0
+
 # "key to name: why": when.
 _IMPOSSIBLE: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "input: messages, prompt or turns is missing; name the column that has the prompts": lambda v: not _asked(v),
@@ -66,6 +69,15 @@ _IMPOSSIBLE: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "engine.options: speculative_config needs model.draft, unless its method is ngram or suffix": (
         lambda v: v["model.draft"] is None and _method(v) not in (None, "ngram", "suffix")
     ),
+    "engine.options: speculative_config drafts, and speculation.tree is off; leave one of them out": (
+        lambda v: v["speculation.tree"] == "off" and _method(v) is not None
+    ),
+    "speculation.tree: speculative_config in engine.options sets how many tokens are drafted, too; leave one out": (
+        lambda v: isinstance(v["speculation.tree"], dict) and _sets_length(v)
+    ),
+    "speculation.below_min: vLLM cannot stop drafting by suffixes; use warn or fail": (
+        lambda v: v["speculation.below_min"] == "disable" and _method(v) == "suffix"
+    ),
     "speculation.min_acceptance: nothing is drafted with speculation.tree: off; leave one of them out": (
         lambda v: v["speculation.min_acceptance"] is not None and v["speculation.tree"] == "off"
     ),
@@ -80,6 +92,12 @@ _IMPOSSIBLE: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     ),
     "workers.gpus: is for Ray workers; leave it out, or set workers.count or workers.address": (
         lambda v: v["workers.gpus"] is not None and not _on_ray(v)
+    ),
+    "workers.start_seconds: is for Ray workers; leave it out, or set workers.count or workers.address": (
+        lambda v: v["workers.start_seconds"] != START_SECONDS and not _on_ray(v)
+    ),
+    "workers.silent_seconds: is for Ray workers; leave it out, or set workers.count or workers.address": (
+        lambda v: v["workers.silent_seconds"] != SILENT_SECONDS and not _on_ray(v)
     ),
     "workers.gpus: a worker has whole GPUs or a part of one": (
         lambda v: v["workers.gpus"] is not None and v["workers.gpus"] > 1 and v["workers.gpus"] % 1 > 0
@@ -137,6 +155,11 @@ def _method(v: Mapping[str, Any]) -> str | None:
     """What vLLM is told to draft by in engine.options, None if it is not told to."""
     speculative = v["engine.options"].get("speculative_config") if v["engine.kind"] == "vllm" else None
     return str(speculative.get("method", "eagle3")) if isinstance(speculative, dict) else None
+
+
+def _sets_length(v: Mapping[str, Any]) -> bool:
+    speculative = v["engine.options"].get("speculative_config")
+    return _method(v) is not None and any(str(key).startswith("num_speculative_tokens") for key in speculative)
 
 
 def _on_ray(v: Mapping[str, Any]) -> bool:

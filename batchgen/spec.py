@@ -224,10 +224,10 @@ class WorkersSpec(_Part):
         default=None, description="Ray cluster to join: auto, or its address; null: a local one, for more than 1."
     )
     start_seconds: float = Field(
-        default=1800.0, gt=0, description="A Ray worker that has loaded no engine by then is replaced."
+        default=rules.START_SECONDS, gt=0, description="A Ray worker that has loaded no engine by then is replaced."
     )
     silent_seconds: float = Field(
-        default=600.0, gt=0, description="A Ray worker that has made no step for so long is replaced."
+        default=rules.SILENT_SECONDS, gt=0, description="A Ray worker that has made no step for so long is replaced."
     )
 
 

@@ -184,6 +184,9 @@ class Worker:
             self.tally.retries = self._task.source.retries + store.retries - before
             watch(self.tally)
         self.tally.speculation = self._engine.report()
+        floor, drafted = self._task.min_acceptance, self.tally.draft_tokens
+        if floor is not None and drafted < WARM_UP_DRAFTS:
+            log.info("speculation.min_acceptance: not judged, %d tokens were drafted of %d", drafted, WARM_UP_DRAFTS)
         assert not self._open, "every shard is committed when nothing is left to generate"
 
     def _at_once(self) -> int:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from batchgen import models
+from batchgen import engines, models
 from batchgen.engines.torch.capture import PASS_TOKENS, TorchCapture, _passes
 from batchgen.engines.torch.target import Target
 
@@ -179,6 +179,16 @@ def test_parts_without_token_ids_are_refused(tmp_path):
     refused = batchgen("features", file)
     assert refused.returncode == 2
     assert "output.token_ids: true" in refused.stderr
+
+
+def test_layers_are_by_default_those_that_the_jobs_head_listens_to(tmp_path):
+    target, config = models.fetch("demo:smollm2-135m"), json.loads((ROOT / "examples/smollm2/config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"eagle_aux_hidden_state_layer_ids": [20, 1, 9]}))
+    head = models.Model(tmp_path, "identity", "head")
+    assert engines.layers(target, None, head)[0] == (1, 9, 20, 30)
+    assert engines.layers(target, None, head, (3, 5))[0] == (3, 5, 30), "the job file has the last word"
+    assert engines.layers(target, (4,), head, (3, 5))[0] == (4,)
+    assert engines.layers(target, None)[0] == LAYERS
 
 
 def test_rows_longer_than_a_pass_are_read_in_turns(reference):

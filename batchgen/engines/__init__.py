@@ -23,7 +23,7 @@ from batchgen.errors import ModelError, SpecError
 from batchgen.speculation.costs import load_costs, save_costs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     import torch
 
@@ -213,17 +213,31 @@ def _config(target: Model) -> Any:
         ) from error
 
 
-def layers(target: Model, asked: Sequence[int] | None) -> tuple[tuple[int, ...], int]:
+def layers(
+    target: Model, asked: Sequence[int] | None, draft: Model | None = None, aux_layers: Sequence[int] | None = None
+) -> tuple[tuple[int, ...], int]:
     """Which decoder layers to capture, by their count from the embedding on, and the width of a hidden state.
 
-    By default those that EAGLE-3 heads listen to (SafeAILab/EAGLE, `eagle/model/modeling_llama_kv.py`), and the last.
+    By default `aux_layers`, else those that the head `draft` listens to, else those that EAGLE-3 heads do
+    (SafeAILab/EAGLE, `eagle/model/modeling_llama_kv.py`), and the last.
 
     Raises:
-        SpecError: `asked` names layers that the target does not have.
+        SpecError: `asked`, or the default, names layers that the target does not have.
+        ModelError: `draft` is no EAGLE-3 head.
     """
     config = _config(target)
     num = int(config.num_hidden_layers)
-    found = tuple(sorted({2, num // 2, num - 3, num} & set(range(num + 1)) if asked is None else set(asked)))
+    if asked is not None:
+        found = tuple(sorted(set(asked)))
+    else:
+        heard: Iterable[int] = {2, num // 2, num - 3} & set(range(num + 1))
+        if aux_layers is not None:
+            heard = aux_layers
+        elif draft is not None:
+            from batchgen.engines.torch.weights import heard_layers
+
+            heard = heard_layers(draft.path, num)
+        found = tuple(sorted({*heard, num}))
     if not found or found[0] < 0 or found[-1] > num:
         raise SpecError(f"layers: found {', '.join(map(str, found))}; {target.path} has 0 (the embedding) to {num}")
     return found, int(config.hidden_size)

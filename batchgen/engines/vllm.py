@@ -139,10 +139,7 @@ class VllmEngine:
 
     def stop_speculating(self) -> None:
         """Tell vLLM with the next request to draft no more."""
-        if (self._arguments["speculative_config"] or {}).get("method") == "suffix":
-            log.warning("speculation.below_min: vLLM cannot stop drafting by suffixes; it goes on")
-        else:
-            self._speculate = False
+        self._speculate = False
 
     def close(self) -> None:
         """End vLLM's process and forget all rows."""

@@ -77,6 +77,16 @@ def load_head(
     return head
 
 
+def heard_layers(path: Path, num_target_layers: int) -> tuple[int, ...]:
+    """After how many layers of its target the head in `path` listens, by its config alone.
+
+    Raises:
+        ModelError: as `load_head`.
+    """
+    raw = _config(path)
+    return _aux_layers(raw, raw.get("eagle_config") or {}, path, num_target_layers, None)
+
+
 def for_vllm(path: Path, folder: Path, **target: Any) -> Path:
     """The head in `path` as vLLM must be told of it: `folder` with the same files and a complete config.
 
