@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from typing import TYPE_CHECKING
@@ -53,8 +54,9 @@ def hidden_states(bench):
     """The residual stream after every layer, [T, H] each, by transformers' own eager attention."""
     model = AutoModelForCausalLM.from_pretrained(bench.path, dtype=torch.float32, attn_implementation="eager")
 
+    @functools.cache  # no head changes what the target writes
     @torch.no_grad()
-    def run(tokens: list[int]) -> list[torch.Tensor]:
+    def run(tokens: tuple[int, ...]) -> list[torch.Tensor]:
         return [h[0] for h in model.model(torch.tensor([tokens]), output_hidden_states=True).hidden_states]
 
     return run
@@ -95,7 +97,7 @@ def check_against_reference(bench, hidden_states, head: Path, flags: dict[str, b
     reference = Reference(shape | flags, w, engine._target.embedding.detach())
     states = {}
     for prompt, completion in zip(prompts, done, strict=True):
-        states[tuple(prompt)] = hidden_states(prompt + completion.token_ids)
+        states[tuple(prompt)] = hidden_states((*prompt, *completion.token_ids))
     compared = 0
     for tokens, drafted, logps in engine.drafted:
         whole = next(s for prompt, s in states.items() if tuple(tokens[: len(prompt)]) == prompt)

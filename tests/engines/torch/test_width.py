@@ -139,8 +139,9 @@ def test_tokens_do_not_depend_on_what_the_budget_decides(bench, prompts, plain, 
 
 def test_what_rows_repeat_is_verified_and_changes_no_token(bench, prompts):
     """Prompts that hold what the target will answer: nearly all of it is copied, with a head or where it never pays."""
-    answers = bench.run(bench.engine(None, 8), prompts[:8], Sampling(max_tokens=48))
-    texts = [[*prompt, *done.token_ids, *prompt] for prompt, done in zip(prompts[:8], answers, strict=True)]
+    prompts = prompts[:5]
+    answers = bench.run(bench.engine(None, 8), prompts, Sampling(max_tokens=48))
+    texts = [[*prompt, *done.token_ids, *prompt] for prompt, done in zip(prompts, answers, strict=True)]
     expected = bench.run(bench.engine(None, 8), texts, GREEDY, SAMPLED)
     for a_level in (0.0001, 1.0):
         done = bench.run(bench.engine(AutoTree(costs(0.0002, a_level)), 8), texts, GREEDY, SAMPLED)
@@ -149,7 +150,7 @@ def test_what_rows_repeat_is_verified_and_changes_no_token(bench, prompts):
             sum(getattr(c.acceptance, name) for c in done) for name in ("lookup_tokens", "accepted_lookup_tokens")
         )
         assert 0.3 * looked_up < kept < looked_up
-        assert kept > 100
+        assert kept > 60
         for a in [c.acceptance for c in done]:
             kept_in_all = a.accepted_tokens + a.accepted_lookup_tokens
             stretched = sum(a.by_position, Stretch())
@@ -197,7 +198,7 @@ def test_rows_verify_as_many_nodes_each_where_that_makes_the_faster_pass(bench, 
     shares = []
     for even in (1.0, 0.5):
         width = Counting(dataclasses.replace(costs(a_node=0.002), even=even))
-        bench.run(bench.engine(width, 8), prompts[:24], Sampling(max_tokens=40))
+        bench.run(bench.engine(width, 8), prompts[:16], Sampling(max_tokens=24))
         alike = [nodes > rows and nodes % rows == 0 for rows, nodes in width.sizes if rows > 4]
         shares.append(sum(alike) / len(alike))
     few, most = shares
@@ -210,7 +211,7 @@ def test_passes_in_bfloat16_have_few_sizes(bench, prompts):
     few = []
     for sizes in ((), FEW_NUMBERS):
         width = Counting(dataclasses.replace(costs(a_node=0.002), even=1.0), sizes)
-        bench.run(bench.engine(width, 20), prompts[:40], Sampling(max_tokens=40))
+        bench.run(bench.engine(width, 20), prompts[:20], Sampling(max_tokens=40))
         few.append([nodes % 4 == 0 for rows, nodes in width.sizes if 16 < rows < nodes])
     any_size, multiples_of_four = (sum(each) / len(each) for each in few)
     assert any_size < 0.6
