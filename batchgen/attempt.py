@@ -12,6 +12,7 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchgen import dedupe, lease, read, write
@@ -21,8 +22,6 @@ from batchgen.record import Piece
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-
-    import pyarrow as pa
 
     from batchgen.read import Columns
     from batchgen.record import Row, Sampling, Shard
@@ -291,7 +290,7 @@ class Attempt:
             "lease_epoch": str(task.epoch),
         }
         lease.verify(task.sink, task.output, task.epoch)
-        rows = table.take(order)
+        rows = _in_order(table, order)
         if self._part is None:
             mine = write.commit(task.sink, task.output, shard, rows, metadata=metadata)
         else:
@@ -299,6 +298,13 @@ class Attempt:
         self.journal.remove()
         what = "committed" if mine else "already committed by another run; this one's rows are dropped:"
         log.info("part %s %s", what, shard.part_name)
+
+
+def _in_order(table: pa.Table, order: list[int]) -> pa.Table:
+    # `take` joins the pieces of each column first, and strings beyond 2 GiB fit into no one piece.
+    if table.nbytes < 1 << 30:
+        return table.take(order)
+    return pa.concat_tables([table.slice(i, 1) for i in order])
 
 
 def _at_once(capacity: int, deaths: int) -> int:

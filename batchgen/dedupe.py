@@ -17,6 +17,7 @@ of what is said to the target, in lower case; locality-sensitive hashing, Leskov
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import io
 import itertools
@@ -30,7 +31,7 @@ import pyarrow as pa
 
 from batchgen import read, screen
 from batchgen.errors import CorruptOutputError, OutputConflictError, SpecError
-from batchgen.record import Shard, Verdict
+from batchgen.record import DUPLICATE, NEAR_DUPLICATE, Shard, Verdict
 from batchgen.store import STATE_FOLDER
 
 if TYPE_CHECKING:
@@ -85,14 +86,15 @@ def mark(
     kind: Kind,
     *,
     done: Mapping[str, Sequence[Done]] | None = None,
-    elsewhere: Callable[[str, str | None], bool] = lambda file, version: False,
+    elsewhere: Callable[[], Iterable[tuple[str, str, int, int]]] = list,
+    only_lost: bool = False,
     check: Callable[[], None] = lambda: None,
 ) -> int:
     """Find all repetitions in `files` and note them where `Noted` looks; how many there are.
 
-    `done` are the `ranges` of each file that stand in the output; `elsewhere` tells whether rows of other files do, by
-    URL and version, None for any. `check` is called every few thousand rows, to raise what should end it; files that
-    were hashed stay so.
+    `done` are the `ranges` of each file that stand in the output; `elsewhere` gives those of other files: URL, version,
+    first row and last + 1. `only_lost` asks no more than whether a row that stands repeats one that went away without
+    an answer. `check` is called every few thousand rows, to raise what should end it; files that were hashed stay so.
 
     Raises:
         InputError: a file is not there, changed since it was planned, or is damaged.
@@ -109,6 +111,8 @@ def mark(
     ranked = sorted(zip(keys, files, strict=True), key=lambda pair: order[pair[0]])
     done, old = done or {}, {key for key in keys if f"{key}.repetitions" in kept}
     stands = _standing(sink, output, ranked, old, done, elsewhere)
+    if only_lost and not stands["lost"].any():
+        return 0
     num_found = 0
     for key, found in _repeated(sink, output, ranked, kind, stands, done, check).items():
         sink.put(_url(output, f"{key}.repetitions"), _encode(found))
@@ -130,7 +134,7 @@ class Noted:
         Raises:
             CorruptOutputError: `mark` noted nothing of the shard's file.
         """
-        error_type, asks = ("duplicate", "asks") if self._kind == "exact" else ("near_duplicate", "asks nearly")
+        error_type, asks = (DUPLICATE, "asks") if self._kind == "exact" else (NEAR_DUPLICATE, "asks nearly")
         found = self.repetitions(shard)
         for row in rows:
             if row.verdict is None and row.index in found:
@@ -249,7 +253,7 @@ def _standing(
     ranked: Sequence[tuple[str, File]],
     noted: AbstractSet[str],
     done: Mapping[str, Sequence[Done]],
-    elsewhere: Callable[[str, str | None], bool],
+    elsewhere: Callable[[], Iterable[tuple[str, str, int, int]]],
 ) -> pl.DataFrame:
     """Rows that stand in the output as repetitions: `at`, counted over all files, of which row, and if that is `lost`.
 
@@ -275,15 +279,18 @@ def _standing(
     every = pl.concat(found)
     versions = {file.url: file.version for _, file in ranked}
 
-    def lost(file: str, version: str | None) -> bool:
+    answered = functools.cache(lambda: list(elsewhere()))
+
+    def lost(file: str, version: str | None) -> pl.Expr:
         if file in versions:
             # Of another version there is no part: such parts are refused.
-            return version not in (None, versions[file])
-        return not elsewhere(file, version)
+            return pl.lit(version not in (None, versions[file]))
+        there = [(start, stop) for name, of, start, stop in answered() if name == file and version in (None, of)]
+        return ~pl.any_horizontal(pl.lit(False), *(pl.col("row").is_between(*each, "left") for each in there))
 
-    which = every.select("file", "version").unique()
-    which = which.with_columns(lost=pl.Series([lost(*pair) for pair in which.rows()], dtype=pl.Boolean))
-    return every.join(which, on=["file", "version"], how="left", nulls_equal=True).sort("at")
+    groups = every.partition_by("file", "version", as_dict=True).items() if len(every) else ()
+    judged = [rows.with_columns(lost=lost(*which)) for which, rows in groups]
+    return pl.concat([every.head(0).with_columns(lost=pl.lit(False)), *judged]).sort("at")
 
 
 def _repeated(

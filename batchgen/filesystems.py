@@ -193,21 +193,26 @@ class Disk(LocalFileSystem):  # type: ignore[misc]  # fsspec is untyped
         return sorted(found)
 
     def info(self, path: Any, **kwargs: Any) -> dict[str, Any]:
-        """What fsspec says, and a `version`; a link to a file is a file."""
+        """What fsspec says, and a `version`; a link is what it leads to."""
         found: dict[str, Any] = super().info(path, **kwargs)
         followed = Path(path).stat()
         kind = {"type": "file"} if stat.S_ISREG(followed.st_mode) else {}
+        kind = {"type": "directory"} if stat.S_ISDIR(followed.st_mode) else kind
         return found | kind | {"size": followed.st_size, "version": f"{followed.st_size}-{followed.st_mtime_ns}"}
 
     def ls(self, path: str, detail: bool = False, **kwargs: Any) -> list[Any]:
-        """What fsspec lists, less unfinished files; a file that goes while it is listed is left out."""
+        """What fsspec lists, less unfinished files; a file that goes while it is listed is left out.
+
+        So is a link to a folder that this one is in: what is there is found without it.
+        """
         if not Path(path).is_dir():
             return [self.info(path) if detail else path]
         infos = []
         with os.scandir(path) as files:
             for file in files:
                 with contextlib.suppress(FileNotFoundError):
-                    infos += [] if file.name.startswith(_TEMPORARY) else [self.info(file)]
+                    left_out = file.name.startswith(_TEMPORARY) or (file.is_symlink() and _leads_back(file.path))
+                    infos += [] if left_out else [self.info(file)]
         return infos if detail else [info["name"] for info in infos]
 
     def walk(self, path: str, *args: Any, **kwargs: Any) -> Any:
@@ -218,6 +223,13 @@ class Disk(LocalFileSystem):  # type: ignore[misc]  # fsspec is untyped
                 raise error
 
         return super().walk(path, *args, **{**kwargs, "on_error": missing})
+
+
+def _leads_back(link: str) -> bool:
+    """Whether a link leads to a folder on the way to it, as it is spelled or as it really is."""
+    target = Path(link).resolve()
+    above = {Path(folder).resolve() for folder in Path(link).parents}
+    return target.is_dir() and any(target == folder or target in folder.parents for folder in above)
 
 
 def gcs_settings(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -268,7 +280,8 @@ def gcs() -> tuple[type[Any], tuple[type[Exception], ...]]:
             boundary = uuid.uuid4().hex
             digest = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
             head = f"--{boundary}\r\nContent-Type: application/json; charset=UTF-8\r\n\r\n"
-            head += json.dumps({"name": key, "md5Hash": digest})
+            # Google's caches keep what everybody may read for an hour, and would answer with a lease of then.
+            head += json.dumps({"name": key, "md5Hash": digest, "cacheControl": "no-store"})
             head += f"\r\n--{boundary}\r\nContent-Type: application/octet-stream\r\n\r\n"
             await self._call(
                 "POST",

@@ -282,6 +282,8 @@ def _run(job: Job, lease: Lease, *, draining: Callable[[], bool], watch: Callabl
     """Do what is to do, and reconcile."""
     spec, tally = job.spec, None
     journal.sweep(job.sink, job.output, {shard.key for shard in job.plan.shards} - {shard.key for shard in job.todo})
+    if spec.screen.dedupe != "off":
+        _mark_duplicates(job, spec.screen.dedupe, lease, draining)
     if job.todo:
 
         def watched(tally: Tally) -> None:
@@ -290,8 +292,6 @@ def _run(job: Job, lease: Lease, *, draining: Callable[[], bool], watch: Callabl
                 _only_failing(tally, spec.max_error_rate)
             watch(tally)
 
-        if spec.screen.dedupe != "off":
-            _mark_duplicates(job, spec.screen.dedupe, lease, draining)
         task, costs = job.task(lease.epoch), costs_folder()
         tally = cluster.run(task, job.todo, job.kit, costs, draining=draining, watch=watched)
         _remember_cost(job, tally)
@@ -316,7 +316,6 @@ def _mark_duplicates(job: Job, kind: dedupe.Kind, lease: Lease, draining: Callab
             raise DrainedError(f"drained while looking for duplicates; finished files are noted in {job.output}")
 
     output = job.sink.spelled(job.output)
-    others = functools.cache(lambda: plan.answered(job.sink, job.parts, job.plan))
     found = dedupe.mark(
         job.source,
         job.sink,
@@ -326,7 +325,8 @@ def _mark_duplicates(job: Job, kind: dedupe.Kind, lease: Lease, draining: Callab
         job.sampling,
         kind,
         done=dedupe.ranges((shard, job.parts[shard.key]) for shard in job.plan.shards if shard.key in job.parts),
-        elsewhere=lambda file, version: any(f == file and version in {None, v} for f, v in others()),
+        elsewhere=lambda: plan.answered(job.sink, job.parts, job.plan),
+        only_lost=not job.todo,
         check=check,
     )
     nearly = "nearly " if kind == "near" else ""
@@ -358,7 +358,8 @@ def _retries(job: Job, lease: Lease, tally: Tally | None) -> int:
 
 def _only_failing(tally: Tally, allowed: float) -> None:
     """Stop a job that would spend its whole time on failing."""
-    done = tally.ok + tally.error
+    # What runs has not failed: rows that are refused come before the first that is generated.
+    done = tally.ok + tally.error + tally.running
     if done >= FIRST_ROWS and tally.error > max(allowed, 0.5) * done:
         reason, count = max(tally.reasons.items(), key=lambda item: item[1])
         raise TooManyErrorsError(

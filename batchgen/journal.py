@@ -22,10 +22,12 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batchgen.claim import NAME, Claim, alone, latest
 from batchgen.errors import CorruptOutputError, OutputConflictError, StoreError
+from batchgen.record import DUPLICATE, NEAR_DUPLICATE
 from batchgen.store import STATE_FOLDER
 
 if TYPE_CHECKING:
@@ -177,7 +179,7 @@ class Journal:
                 if name not in files:
                     files[name] = self._store.info(f"{self._folder}/{name}")
         new = tuple(sorted(name for name in files if name.startswith(mine)))
-        self._tables |= _load(self._store, self._folder, new, files, self._schema, self.done)
+        self._tables |= _load(self._store, self._folder, new, files, self._schema, self.done, repetitions=True)
         self.done.update(key for name in new for key in _keys(self._tables[name]))
 
     def trying(self, key: tuple[str, int]) -> None:
@@ -344,8 +346,14 @@ def _load(
     files: Mapping[str, Entry],
     schema: pa.Schema,
     done: Iterable[tuple[str, int]] = (),
+    *,
+    repetitions: bool = False,
 ) -> dict[str, pa.Table]:
-    """The segments' rows by their names, verified; without rows of helpers that are `done` or stand in another."""
+    """The segments' rows by their names, verified; without rows of helpers that are `done` or stand in another.
+
+    Rows that another run skipped as `repetitions` are left out unless they are asked for: the row that they repeat may
+    have gone since, and to judge them again costs nothing.
+    """
     # One that a claim has taken over is there, whether this listing shows it or not.
     files = {name: files[name] if name in files else store.info(f"{folder}/{name}") for name in names}
     # Who was thought dead may have written rows that others did again; what its owner wrote stands.
@@ -364,6 +372,9 @@ def _load(
         if not table.schema.equals(stored):
             differ = ", ".join(sorted({str(field) for field in {*table.schema} ^ {*stored}})) or "their order"
             raise OutputConflictError(f"{entry.url}: journalled with other columns ({differ}); {again}")
+        if not repetitions:
+            skipped = pc.is_in(table["error_type"], pa.array([DUPLICATE, NEAR_DUPLICATE]))
+            table = table.filter(pc.invert(skipped))
         if name.count("-") > _OWN_DASHES:
             table = table.filter(pa.array([key not in seen for key in _keys(table)], pa.bool_()))
         keys = set(_keys(table))

@@ -194,12 +194,13 @@ def strangers(store: Store, parts: Mapping[str, str], made: Plan) -> list[str]:
     return lines
 
 
-def answered(store: Store, parts: Mapping[str, str], made: Plan) -> set[tuple[str, str]]:
-    """The versions of files, by URL, of which `parts` of this fingerprint hold rows that `made` does not know."""
+def answered(store: Store, parts: Mapping[str, str], made: Plan) -> list[tuple[str, str, int, int]]:
+    """The rows of `parts` of this fingerprint that `made` does not know: file, its version, first row and last + 1."""
     own = {shard.key for shard in made.shards}
     footers = _footers(store, {url for key, url in parts.items() if key not in own})
     facts = [_facts(footer) for _, footer in footers if not isinstance(footer, Exception)]
-    return {(f["file"], f["file_version"]) for f in facts if f.get("fingerprint") == made.fingerprint}
+    mine = [f for f in facts if f.get("fingerprint") == made.fingerprint]
+    return [(f["file"], f["file_version"], *map(int, f["rows"].split("-"))) for f in mine]  # type: ignore[misc]
 
 
 def failed(store: Store, parts: Mapping[str, str], made: Plan) -> dict[str, str]:

@@ -83,15 +83,16 @@ def check_columns(schema: pa.Schema, columns: Columns, file: str) -> list[pa.Fie
         found = schema.field(places[0]).type
         if not fits(found):
             raise InputError(f"{file}: column {name!r} is {str(found)[:200]}, but {key} needs {expected}")
-    for name in columns.keep:
-        found = schema.field(name).type
+    kept = [_as_kept(schema.field(name)) for name in columns.keep]
+    for name, field in zip(columns.keep, kept, strict=True):
+        found = field.type
         problem = _cannot_be_kept(found)
         if problem:
             raise InputError(
                 f"{file}: column {name!r} is {str(found)[:200]}, which cannot be copied to the output ({problem}); "
                 f"cast it in the input, or drop it from input.keep"
             )
-    return [_without_parquet_ids(schema.field(name)) for name in columns.keep]
+    return kept
 
 
 class Reader:
@@ -495,10 +496,16 @@ def _example(type_: pa.DataType, number: int) -> Any:
     return number if types.is_integer(type_) else None
 
 
-def _without_parquet_ids(field: pa.Field) -> pa.Field:
-    """The field without the column numbers that Parquet files carry, which differ between equal tables."""
+def _as_kept(field: pa.Field) -> pa.Field:
+    """The field without the column numbers that Parquet files carry, which differ between equal tables.
+
+    A dictionary's indices become int32: those of each row group may fit into fewer bits, and all together not.
+    """
     metadata = {key: value for key, value in (field.metadata or {}).items() if not key.startswith(b"PARQUET:")}
-    return field.with_metadata(metadata or None)
+    field = field.with_metadata(metadata or None)
+    if types.is_dictionary(field.type):
+        return field.with_type(pa.dictionary(pa.int32(), field.type.value_type, field.type.ordered))
+    return field
 
 
 def _kind(value: Any) -> str:

@@ -150,6 +150,10 @@ class Request:
 STRETCH_TOKENS = 32
 
 
+# Error types of rows that were skipped because another row asks the same.
+DUPLICATE, NEAR_DUPLICATE = "duplicate", "near_duplicate"
+
+
 class Stretch(NamedTuple):
     """What speculation did from one output position to another: 0 to 31, 32 to 63, 64 to 127, 128 to 255, ..."""
 

@@ -27,12 +27,13 @@ def status(store: Store, output: str, plan: Plan, samples: int) -> Status:
     """One listing of the output folder, and one of its journal."""
     found = write.parts(store, output)
     done = [shard for shard in plan.shards if shard.key in found]
-    open_keys = {shard.key for shard in plan.shards} - {shard.key for shard in done}
+    open_rows = {shard.key: shard.num_rows * samples for shard in plan.shards if shard.key not in found}
     journalled = journal.pending(store, output)
     return Status(
         shards=len(plan.shards),
         shards_done=len(done),
         rows=plan.num_rows * samples,
         rows_done=sum(shard.num_rows for shard in done) * samples,
-        rows_journalled=sum(rows for key, rows in journalled.items() if key in open_keys),
+        # Rows that are judged anew by each run are in there more than once.
+        rows_journalled=sum(min(rows, open_rows[key]) for key, rows in journalled.items() if key in open_rows),
     )

@@ -103,7 +103,7 @@ def load(store: Store, url: str, schema: pa.Schema) -> Part:
     """
     try:
         data = store.read(url)
-        table = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read()
+        table = _decode(data)
         commit = table.schema.metadata[b"batchgen.commit"].decode()
         return Part(url, data, table.cast(schema), commit)
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
@@ -156,10 +156,17 @@ def _encode(table: pa.Table, metadata: Mapping[str, str]) -> bytes:
         write_page_checksum=True,
     )
     data = sink.getvalue()
-    back = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read()
+    back = _decode(data)
     # Not `back.equals(table)`: a NaN in a kept column equals nothing.
     assert _keys(back) == _keys(table), "Parquet does not hold the rows that were put in"
     return data
+
+
+def _decode(data: bytes) -> pa.Table:
+    """A part's rows, a group at a time: Arrow reads no column of lists whose strings are beyond 2 GiB in one go."""
+    file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+    groups = [file.read_row_group(i) for i in range(file.num_row_groups)]
+    return pa.concat_tables([file.schema_arrow.empty_table(), *groups])
 
 
 def _agreed_name(store: Store, output_url: str, shard: Shard) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import os
 import random
@@ -17,9 +19,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchgen import dedupe, plan, read
-from batchgen.errors import OutputConflictError
+from batchgen import dedupe, job, plan, read
+from batchgen.errors import DrainedError, OutputConflictError
 from batchgen.record import Sampling, Shard
+from batchgen.spec import load
 from batchgen.store import connect
 
 COLUMNS = read.Columns(prompt="prompt", keep=("extra",))
@@ -120,11 +123,11 @@ def test_a_job_generates_each_prompt_once_and_says_what_the_others_repeat(tmp_pa
         "workers": {"count": 1},
         "output": {"path": str(tmp_path / "out")},
     }
-    job = tmp_path / "job.yaml"
-    job.write_text(yaml.safe_dump(sections))
+    file = tmp_path / "job.yaml"
+    file.write_text(yaml.safe_dump(sections))
 
     def submit() -> dict[str, Any]:
-        command = [sys.executable, "-m", "batchgen", "submit", str(job), "--json"]
+        command = [sys.executable, "-m", "batchgen", "submit", str(file), "--json"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return dict(json.loads(done.stdout))
@@ -148,11 +151,62 @@ NIGHTS = st.lists(
     st.one_of(
         st.tuples(st.just("write"), st.sampled_from(NAMES), st.lists(st.sampled_from("xy"), min_size=1, max_size=2)),
         st.tuples(st.just("remove"), st.sampled_from(NAMES), st.none()),
-        st.tuples(st.just("run"), st.sampled_from((*NAMES, "all")), st.none()),
+        st.tuples(st.just("run"), st.sampled_from((*NAMES, "first rows", "all")), st.none()),
     ),
     min_size=4,
     max_size=8,
 )
+
+
+class Nights:
+    """Files of a folder, and the rows of them that stand in an output: every row is a shard."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.store, self.out = folder, connect(str(folder)), f"{folder}/out"
+        # Of each row its prompt, and whether it is answered.
+        self.parts: dict[tuple[str, str, int], tuple[str, bool]] = {}
+
+    def write(self, name: str, prompts: list[str], stamp: int) -> None:
+        self.forget(f"{self.folder}/{name}")  # parts of another version are refused
+        table(self.folder, name, prompts)
+        os.utime(self.folder / name, (stamp, stamp))
+
+    def forget(self, *prefix: str) -> None:
+        for key in [key for key in self.parts if key[: len(prefix)] == prefix]:
+            del self.parts[key]
+
+    def run(self, which: str) -> None:
+        there = [name for name in NAMES if (self.folder / name).exists()]
+        prompts = {name: pl.read_parquet(self.folder / name)["prompt"].to_list() for name in there}
+        urls = {name: f"{self.folder}/{name}" for name in there}
+        files = [plan.File(urls[n], self.store.info(urls[n]).version, len(prompts[n]), pa.schema([])) for n in there]
+        while (refused := self.mark(files)) is not None:
+            named = [file for file in files if Path(file.url).name in refused.partition(" as ")[0]]
+            assert named
+            for file in named:  # as it says
+                self.forget(file.url, file.version)
+        for name, file in zip(there, files, strict=True):
+            if which in (name, "all", "first rows"):
+                shard = Shard(0, file.url, file.version, 0, 1 if which == "first rows" else file.num_rows, "")
+                again = dedupe.Noted(self.store, self.out, COLUMNS, Sampling(), "exact").repetitions(shard)
+                for i in range(shard.stop):
+                    self.parts.setdefault((file.url, file.version, i), (prompts[name][i], i not in again))
+
+    def mark(self, files: list[plan.File]) -> str | None:
+        """What it was refused for."""
+        known = {
+            file.url: [i for url, version, i in self.parts if (url, version) == (file.url, file.version)]
+            for file in files
+        }
+        done = {url: [dedupe.Done(i, i + 1, url) for i in sorted(rows)] for url, rows in known.items() if rows}
+        others = [(url, version, i, i + 1) for url, version, i in self.parts if url not in known]
+        over = all(len(known[file.url]) == file.num_rows for file in files)
+        marking = functools.partial(dedupe.mark, done=done, elsewhere=lambda: others, only_lost=over)
+        try:
+            marking(self.store, self.store, self.out, files, COLUMNS, Sampling(), "exact")
+        except OutputConflictError as refused:
+            return str(refused)
+        return None
 
 
 @settings(max_examples=200)
@@ -160,50 +214,43 @@ NIGHTS = st.lists(
 def test_every_prompt_is_answered_whatever_becomes_of_files(
     tmp_path_factory: pytest.TempPathFactory, nights: list[tuple[str, str, Any]]
 ) -> None:
-    """Files come, change and go, and runs end with some of them done: no row stands as the repetition of nothing."""
-    folder = tmp_path_factory.mktemp("in")
-    store, out = connect(str(folder)), f"{folder}/out"
-    parts: dict[tuple[str, str], list[tuple[str, bool]]] = {}  # prompts, and whether they are answered
-
-    def run(which: str) -> None:
-        there = [name for name in NAMES if (folder / name).exists()]
-        tables = {name: pl.read_parquet(folder / name)["prompt"].to_list() for name in there}
-        urls = {name: f"{folder}/{name}" for name in there}
-        versions = {name: store.info(url).version for name, url in urls.items()}
-        files = [plan.File(urls[n], versions[n], len(tables[n]), pa.schema([])) for n in there]
-        while True:
-            done = {urls[n]: [dedupe.Done(0, len(tables[n]), n)] for n in there if (urls[n], versions[n]) in parts}
-            try:
-                dedupe.mark(
-                    store, store, out, files, COLUMNS, Sampling(), "exact", done=done,
-                    elsewhere=lambda file, version: any(f == file and version in {None, v} for f, v in parts),
-                )  # fmt: skip
-                break
-            except OutputConflictError as refused:
-                named = [name for name in there if name in str(refused).partition(" as ")[0]]
-                assert named
-                for name in named:  # as it says
-                    del parts[urls[name], versions[name]]
-        for name in there if which == "all" else {which} & {*there}:
-            shard = Shard(0, urls[name], versions[name], 0, len(tables[name]), "")
-            again = dedupe.Noted(store, out, COLUMNS, Sampling(), "exact").repetitions(shard)
-            parts.setdefault(
-                (urls[name], versions[name]), [(prompt, i not in again) for i, prompt in enumerate(tables[name])]
-            )
-
+    """Files come, change and go, and runs end with some rows done: none stands as the repetition of nothing."""
+    folder = Nights(tmp_path_factory.mktemp("in"))
     for stamp, (what, name, prompts) in enumerate([*nights, ("run", "all", None)]):
         if what == "run":
-            run(name)
-            continue
-        if what == "write":  # parts of another version are refused
-            for url, version in [key for key in parts if key[0] == f"{folder}/{name}"]:
-                del parts[url, version]
-        (folder / name).unlink(missing_ok=True)
-        if what == "write":
-            table(folder, name, prompts)
-            os.utime(folder / name, (stamp, stamp))
-    answered = {prompt for rows in parts.values() for prompt, is_answered in rows if is_answered}
-    assert answered >= {prompt for rows in parts.values() for prompt, _ in rows}
+            folder.run(name)
+        elif what == "write":
+            folder.write(name, prompts, stamp)
+        else:
+            (folder.folder / name).unlink(missing_ok=True)
+    answered = {prompt for prompt, is_answered in folder.parts.values() if is_answered}
+    # Whom nobody asks any more owes no answer.
+    assert answered >= {prompt for (url, *_), (prompt, _) in folder.parts.items() if Path(url).exists()}
+
+
+@pytest.mark.parametrize("change", ["removed", "replaced"])
+def test_a_row_journalled_as_a_repetition_is_judged_anew(tmp_path: Path, change: str) -> None:
+    """What it repeats went away between two tries at its shard."""
+    table(tmp_path, "a.parquet", ["b", "x"])
+    table(tmp_path, "z.parquet", ["b", "c"])
+    sections = {
+        "version": 1,
+        "input": {"path": f"{tmp_path}/*.parquet", "prompt": "prompt"},
+        "model": {"target": "demo:smollm2-135m"},
+        "engine": {"kind": "rehearsal", "options": {"tokens_per_step": 1}},
+        "screen": {"dedupe": "exact"},
+        "output": {"path": f"{tmp_path}/out"},
+    }
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(sections))
+    loaded, looks = load(tmp_path / "job.yaml"), itertools.count()
+    with pytest.raises(DrainedError):
+        job.submit(loaded, draining=lambda: next(looks) > 8)
+    assert any((tmp_path / "out/__batchgen/journal").rglob("*.rows"))
+    (tmp_path / "a.parquet").unlink()
+    if change == "replaced":
+        table(tmp_path, "a.parquet", ["y", "x"])
+    done = job.submit(loaded)
+    assert (done.summary.skipped, done.summary.problems) == (0, [])
 
 
 @settings(max_examples=20)

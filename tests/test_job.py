@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
@@ -180,6 +181,23 @@ def test_192_dirty_rows_get_192_verdicts_and_the_exit_code_that_was_asked_for(tm
         num_turns = len(row["messages"])
         # <|im_start|> and <|im_end|> around each message, and one <|im_start|> for the answer.
         assert sum(i in special for i in row["prompt_token_ids"]) == 2 * num_turns + 1, row["row_id"]
+
+
+def test_rows_that_are_refused_before_the_first_is_generated_stop_no_job(tmp_path):
+    """All 1,024 rows that run at once are under way when the first 100 of the others have failed; all are kept."""
+    group = [[None if i % 10 == 3 else f"prompt {g}-{i}" for i in range(100)] for g in range(15)]
+    coded = pa.dictionary(pa.int8(), pa.string())  # as pandas writes categories; together they are too many for int8
+    schema = pa.schema([("prompt", pa.string()), ("k", coded)])
+    with pq.ParquetWriter(tmp_path / "in.parquet", schema) as file:
+        for asked in group:
+            kept = pa.array([str(each) for each in asked]).dictionary_encode().cast(coded)
+            file.write_table(pa.table({"prompt": asked, "k": kept}, schema=schema))
+    read = {"path": str(tmp_path / "in.parquet"), "prompt": "prompt", "keep": ["k"]}
+    done = batchgen("submit", job_file(tmp_path, **REHEARSAL, input=read, batch_size=1024, max_error_rate=0.2))
+    assert done.returncode == 0, done.stderr
+    table = pl.read_parquet(tmp_path / "out/*.parquet")
+    assert table["status"].value_counts(sort=True).rows() == [("ok", 1350), ("error", 150)]
+    assert table["k"].to_list() == [str(each) for asked in group for each in asked]
 
 
 def test_all_problems_of_an_input_are_one_line_and_exit_2(tmp_path):

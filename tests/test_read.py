@@ -166,8 +166,8 @@ def test_a_kept_column_that_no_part_can_hold_is_refused_before_anything_runs(kin
     [
         pa.timestamp("s"),
         pa.date64(),
-        pa.dictionary(pa.uint32(), pa.large_string()),
-        pa.dictionary(pa.int8(), pa.int64()),
+        pa.dictionary(pa.int32(), pa.large_string()),
+        pa.dictionary(pa.int32(), pa.int64()),
         pa.list_view(pa.int8()),
         pa.list_(pa.float32(), 3),
         pa.list_(pa.list_(pa.string())),
@@ -182,6 +182,12 @@ def test_a_kept_column_that_no_part_can_hold_is_refused_before_anything_runs(kin
 def test_a_kept_column_that_makes_the_whole_way_is_taken(kind: pa.DataType) -> None:
     schema = pa.schema([("prompt", pa.string()), ("x", kind)])
     assert read.check_columns(schema, columns(keep=("x",)), "t.parquet") == [schema.field("x")]
+
+
+def test_kept_dictionaries_get_room_for_the_values_of_all_row_groups() -> None:
+    schema = pa.schema([("prompt", pa.string()), ("x", pa.dictionary(pa.int8(), pa.string(), ordered=True))])
+    kept = read.check_columns(schema, columns(keep=("x",)), "t.parquet")
+    assert kept == [pa.field("x", pa.dictionary(pa.int32(), pa.string(), ordered=True))]
 
 
 def test_an_id_that_cannot_be_used_gives_way_to_the_rows_place(tmp_path: Path) -> None:

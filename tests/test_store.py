@@ -299,6 +299,20 @@ def test_links_and_relative_paths_work_on_disk(tmp_path: Path, monkeypatch: pyte
     assert list(store.find(f"file://{tmp_path}/in")) == [found]
 
 
+def test_folders_that_are_linked_to_are_read_and_circles_end(tmp_path: Path) -> None:
+    for name in ("in/dt=1/a", "disk2/b", "disk2/sub/c", "disk3/d"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"123")
+    (tmp_path / "in" / "dt=2").symlink_to(tmp_path / "disk2")
+    (tmp_path / "disk2" / "more").symlink_to(tmp_path / "disk3")
+    (tmp_path / "disk3" / "back").symlink_to(tmp_path / "disk2")
+    (tmp_path / "disk3" / "up").symlink_to(tmp_path)
+    store = connect(str(tmp_path))
+    every = {f"{tmp_path}/in/{name}" for name in ("dt=1/a", "dt=2/b", "dt=2/sub/c", "dt=2/more/d")}
+    assert set(store.find(f"{tmp_path}/in")) == set(store.glob(f"{tmp_path}/in/**/*")) == every
+    assert set(store.glob(f"{tmp_path}/in/*/*")) == {url for url in every if url[-1] in "ab"}
+
+
 def test_a_folder_that_cannot_be_listed_is_an_error_and_not_empty(tmp_path: Path) -> None:
     class Broken(filesystems.Disk):
         def ls(self, path: str, detail: bool = False, **kwargs: Any) -> list[Any]:
