@@ -65,11 +65,18 @@ class Capture(Protocol):
         """Give the device memory back."""
 
 
+def stop_reach(stop: Sequence[str]) -> int:
+    """How many of a completion's last tokens hold every stop string that the newest one completes."""
+    # A token is at least one byte.
+    return max(len(string.encode()) for string in stop) + 8
+
+
 def reaches_stop(token_ids: Sequence[int], stop: Sequence[str], decode: Callable[[Sequence[int]], str]) -> bool:
-    """Whether the last of the completion's `token_ids` completes a stop string, none before having done so."""
-    # A token is at least one byte, so a stop string that the newest token completes lies within this many tokens.
-    reach = max(len(string.encode()) for string in stop) + 8
-    return first_stop(decode(token_ids[-reach:]), stop) is not None
+    """Whether the last of `token_ids`, the last `stop_reach` of a completion, completes a stop string.
+
+    None before it has done so.
+    """
+    return first_stop(decode(token_ids), stop) is not None
 
 
 def completed_text(

@@ -52,7 +52,8 @@ def _load(name: str) -> Any:
     return module
 
 
-_load("faultproxy")  # tests then `from faultproxy import Fault`
+_load("commandline")  # tests then `from commandline import batchgen`
+_load("faultproxy")
 _load("hub")
 
 

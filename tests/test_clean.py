@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import yaml
+from commandline import batchgen
 
 DIRTY = Path(__file__).parent / "data/dirty_prompts.parquet"
 
@@ -27,11 +26,6 @@ def job_file(folder: Path, path: Path, **changes: Any) -> Path:
     file = folder / "job.yaml"
     file.write_text(yaml.safe_dump(sections | changes))
     return file
-
-
-def batchgen(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "batchgen", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_what_is_kept_is_what_a_submit_generates(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 import pytest
 import yaml
+from commandline import batchgen
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,12 +22,6 @@ TURNS = [
     ["My mail is jo@example.org.", "Which mail did I say? Not ann@example.org?"],
 ]
 SYSTEMS = ["Be brief.", None, None]
-
-
-def batchgen(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "batchgen", *map(str, arguments)], capture_output=True, text=True, check=False
-    )
 
 
 def job_file(folder: Path, table: pl.DataFrame, **changes: Any) -> Path:

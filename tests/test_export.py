@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from commandline import batchgen
 from datasets import load_dataset, load_from_disk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -28,12 +29,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 ROWS = 60
-
-
-def batchgen(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "batchgen", *map(str, arguments)], capture_output=True, text=True, check=False
-    )
 
 
 def job_file(folder: Path, rows: int = ROWS, **changes) -> Path:

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from commandline import batchgen
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -25,12 +26,6 @@ from batchgen.engines.torch.target import Target
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (2, 15, 27, 30)
-
-
-def batchgen(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "batchgen", *map(str, arguments)], capture_output=True, text=True, check=False
-    )
 
 
 def job_file(folder: Path, **changes) -> Path:

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from commandline import batchgen
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -24,12 +25,6 @@ from batchgen import models, ownership, record, spec
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "examples/prompts/quickstart.parquet"
 DIRTY = ROOT / "tests/data/dirty_prompts.parquet"
-
-
-def batchgen(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "batchgen", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, check=False
-    )
 
 
 def job_file(folder: Path, **changes) -> Path:

@@ -17,6 +17,7 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from commandline import batchgen
 
 from batchgen import spec
 from batchgen.job import progress
@@ -64,12 +65,6 @@ def edited(job: Path, section: str, **changes) -> Path:
     sections[section] |= changes
     job.write_text(yaml.safe_dump(sections))
     return job
-
-
-def batchgen(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "batchgen", *map(str, arguments)], capture_output=True, text=True, check=False
-    )
 
 
 def start(*arguments: str | Path) -> subprocess.Popen[str]:

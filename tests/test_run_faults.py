@@ -13,54 +13,38 @@ import threading
 import time
 import uuid
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 import pytest
 import yaml
+from commandline import batchgen
 from faultproxy import Fault, FaultProxy
 
 from batchgen.store import connect
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from pathlib import Path
 
 ROWS = 3
 
 
-class Zygote:
-    """`submit`s in forks of a process that has all imported; `said` is what the last one wrote to stderr."""
+class Submits:
+    """`said` is what the last of them wrote to stderr."""
 
-    def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
-        self._process, self._log = process, log
+    def __init__(self) -> None:
         self.said = ""
 
     def submit(self, job: Path, victims: queue.Queue[int] | None = None) -> int:
         """The exit code; the process is put into `victims` when it begins."""
-        before = self._log.stat().st_size
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        print(json.dumps(["submit", str(job), "--log", "plain"]), file=self._process.stdin, flush=True)
-        pid = int(self._process.stdout.readline())
-        if victims is not None:
-            victims.put(pid)
-        code = int(self._process.stdout.readline())
-        self.said = self._log.read_bytes()[before:].decode()
-        return code
+        done = batchgen("submit", job, "--log", "plain", began=victims.put if victims else lambda pid: None)
+        self.said = done.stderr
+        return done.returncode
 
 
-@pytest.fixture(scope="module")
-def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
-    log = tmp_path_factory.mktemp("zygote") / "log"
-    command = [sys.executable, Path(__file__).with_name("zygote.py")]
-    with (
-        log.open("ab") as stderr,
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True) as process,
-    ):
-        yield Zygote(process, log)
-        assert process.stdin is not None
-        process.stdin.close()
+@pytest.fixture
+def submits() -> Submits:
+    return Submits()
 
 
 def job_file(folder: Path, output: str, rows: int = ROWS, rows_per_part: int = 2, **more: Any) -> Path:
@@ -93,12 +77,12 @@ def table(output: str, **options: Any) -> list[dict[str, Any]]:
 
 
 def test_a_kill_in_any_storage_call_is_resumed_cleanly(
-    zygote: Zygote, gcs_folder: tuple[str, dict[str, Any]], faults: FaultProxy, tmp_path: Path
+    submits: Submits, gcs_folder: tuple[str, dict[str, Any]], faults: FaultProxy, tmp_path: Path
 ) -> None:
     """Every call of a job in turn, before it takes place and, of those that write, between deed and answer."""
     base, options = gcs_folder
     proxy = {"endpoint_url": faults.url}
-    assert zygote.submit(job_file(tmp_path, f"{base}/undisturbed", **proxy)) == 0, zygote.said
+    assert submits.submit(job_file(tmp_path, f"{base}/undisturbed", **proxy)) == 0, submits.said
     expected, calls = table(f"{base}/undisturbed", **options), list(faults.log)
     assert [row["row_id"] for row in expected] == [f"row-{i:04d}" for i in range(ROWS)]
     killed = 0
@@ -111,12 +95,12 @@ def test_a_kill_in_any_storage_call_is_resumed_cleanly(
                 os.kill(victims.get(timeout=30), signal.SIGKILL)
 
             faults.faults = [Fault("", do, skip=i, status=None, strike=strike)]
-            code = zygote.submit(job, victims)
+            code = submits.submit(job, victims)
             # The lease's beats come when they come, so the last calls of one run may be missing in another.
             assert code == -signal.SIGKILL or (code == 0 and faults.faults[0].times == 1), f"{call}: {do}"
             killed += code != 0
             faults.faults = []
-            assert zygote.submit(job) == 0, f"killed in {call}: {do}: {zygote.said}"
+            assert submits.submit(job) == 0, f"killed in {call}: {do}: {submits.said}"
             assert table(output, **options) == expected, f"killed in {call}: {do}"
             left = [url for url in connect(output, options).find(output) if "/journal/" in url]
             assert left == [], f"killed in {call}: {do}"
@@ -130,7 +114,7 @@ def requests(log: list[str]) -> Counter[str]:
 
 
 def test_requests_of_a_shard_do_not_grow_with_what_is_finished(
-    zygote: Zygote, gcs_folder: tuple[str, dict[str, Any]], faults: FaultProxy, tmp_path: Path
+    submits: Submits, gcs_folder: tuple[str, dict[str, Any]], faults: FaultProxy, tmp_path: Path
 ) -> None:
     """One new shard beside few and beside many, and a submit that finds nothing to do."""
     new, nothing = [], []
@@ -141,12 +125,12 @@ def test_requests_of_a_shard_do_not_grow_with_what_is_finished(
         sections = yaml.safe_load(job.read_text())
         sections["input"]["path"] = str(folder)
         job.write_text(yaml.safe_dump(sections))
-        assert zygote.submit(job) == 0, zygote.said
+        assert submits.submit(job) == 0, submits.said
         prompts = pl.read_parquet(folder / f"prompts-{shards}.parquet").head(1)
         prompts.with_columns(id=pl.lit("new")).write_parquet(folder / "prompts-new.parquet")
         for counts in (new, nothing):
             faults.log.clear()
-            assert zygote.submit(job) == 0, zygote.said
+            assert submits.submit(job) == 0, submits.said
             counts.append(requests(faults.log))
         assert len(table(output, endpoint_url=faults.url)) == shards + 1
     # The lease may beat once more in one of two runs: three requests.
@@ -154,35 +138,35 @@ def test_requests_of_a_shard_do_not_grow_with_what_is_finished(
 
 
 def test_listings_that_lag_behind_cost_no_row(
-    zygote: Zygote, gcs_folder: tuple[str, dict[str, Any]], faults: FaultProxy, tmp_path: Path
+    submits: Submits, gcs_folder: tuple[str, dict[str, Any]], faults: FaultProxy, tmp_path: Path
 ) -> None:
     """Every listing is as old as the lag; a run is killed in it, and resumed."""
     folder, options = gcs_folder
-    assert zygote.submit(job_file(tmp_path, f"{folder}/undisturbed", **options)) == 0, zygote.said
+    assert submits.submit(job_file(tmp_path, f"{folder}/undisturbed", **options)) == 0, submits.said
     faults.lag_s = 2.0
     job, victims = job_file(tmp_path, f"{folder}/lagging", endpoint_url=faults.url), queue.Queue[int]()
     faults.faults = [Fault("POST .*upload", "reset", skip=7, strike=lambda: os.kill(victims.get(), signal.SIGKILL))]
     try:
-        assert zygote.submit(job, victims) == -signal.SIGKILL
-        assert zygote.submit(job) == 0, zygote.said
-        assert zygote.submit(job) == 0, zygote.said
+        assert submits.submit(job, victims) == -signal.SIGKILL
+        assert submits.submit(job) == 0, submits.said
+        assert submits.submit(job) == 0, submits.said
     finally:
         faults.lag_s = 0.0
     assert table(f"{folder}/lagging", **options) == table(f"{folder}/undisturbed", **options)
 
 
 def test_repeated_requests_are_told(
-    zygote: Zygote, gcs_folder: tuple[str, dict[str, Any]], faults: FaultProxy, tmp_path: Path
+    submits: Submits, gcs_folder: tuple[str, dict[str, Any]], faults: FaultProxy, tmp_path: Path
 ) -> None:
     faults.faults = [Fault("", "status", skip=skip) for skip in (1, 5, 9)]
-    assert zygote.submit(job_file(tmp_path, gcs_folder[0], endpoint_url=faults.url)) == 0
-    assert zygote.said.count("trying again") == 3
+    assert submits.submit(job_file(tmp_path, gcs_folder[0], endpoint_url=faults.url)) == 0
+    assert submits.said.count("trying again") == 3
     summary = connect(gcs_folder[0], gcs_folder[1]).read(f"{gcs_folder[0]}/__batchgen/summary.json")
     assert json.loads(summary)["retries"] == 3
 
 
 def test_a_job_that_loses_its_bucket_says_so_and_goes_on_when_it_is_back(
-    zygote: Zygote, gcs: str, faults: FaultProxy, tmp_path: Path
+    submits: Submits, gcs: str, faults: FaultProxy, tmp_path: Path
 ) -> None:
     name, options = f"lost-{uuid.uuid4().hex}", {"endpoint_url": gcs}
     bucket = f"gs://{name}"
@@ -195,11 +179,11 @@ def test_a_job_that_loses_its_bucket_says_so_and_goes_on_when_it_is_back(
 
     job = job_file(tmp_path, f"{bucket}/out", endpoint_url=faults.url)
     faults.faults = [Fault(r"^POST .*/upload/", "reset", skip=8, status=None, strike=lose)]
-    assert zygote.submit(job) == 1
-    assert "does the bucket exist?" in zygote.said
-    assert "Traceback" not in zygote.said
+    assert submits.submit(job) == 1
+    assert "does the bucket exist?" in submits.said
+    assert "Traceback" not in submits.said
     store.fs.mkdir(name)
-    assert zygote.submit(job) == 0, zygote.said
+    assert submits.submit(job) == 0, submits.said
     assert len(table(f"{bucket}/out", **options)) == ROWS
 
 
@@ -218,7 +202,7 @@ S3_EXPIRED = b"<Error><Code>ExpiredToken</Code><Message>The provided token has e
     ids=["gcs-403", "gcs-401", "s3"],
 )
 def test_a_job_whose_credentials_end_says_so_at_once_and_goes_on_with_others(
-    zygote: Zygote, gcs: str, s3: dict[str, Any], tmp_path: Path, status: int, body: bytes, expected: str
+    submits: Submits, gcs: str, s3: dict[str, Any], tmp_path: Path, status: int, body: bytes, expected: str
 ) -> None:
     scheme, options = ("s3", s3) if body == S3_EXPIRED else ("gs", {"endpoint_url": gcs})
     folder = f"{scheme}://batchgen-tests/{uuid.uuid4().hex}"
@@ -226,24 +210,24 @@ def test_a_job_whose_credentials_end_says_so_at_once_and_goes_on_with_others(
         job = job_file(tmp_path, folder, **options | {"endpoint_url": faults.url})
         faults.faults = [Fault("", "status", skip=20, times=10_000, status=status, body=body)]
         began = time.monotonic()
-        assert zygote.submit(job) == 1
+        assert submits.submit(job) == 1
         assert time.monotonic() - began < 20
-        assert expected in zygote.said
-        assert "Traceback" not in zygote.said
+        assert expected in submits.said
+        assert "Traceback" not in submits.said
         faults.faults = []
-        assert zygote.submit(job) == 0, zygote.said
+        assert submits.submit(job) == 0, submits.said
     assert len(table(folder, **options)) == ROWS
 
 
-def test_an_output_whose_state_is_removed_midway_is_not_taken_for_another_run(zygote: Zygote, tmp_path: Path) -> None:
+def test_an_output_whose_state_is_removed_midway_is_not_taken_for_another_run(submits: Submits, tmp_path: Path) -> None:
     """Nobody would hear of a code that says: run again."""
     job = job_file(tmp_path, f"{tmp_path}/out", rows=400, rows_per_part=4)
     killed = threading.Thread(target=_remove_state, args=(tmp_path / "out",))
     killed.start()
-    assert zygote.submit(job) == 1
+    assert submits.submit(job) == 1
     killed.join()
-    assert "lease.json: is gone, removed by somebody" in zygote.said
-    assert zygote.submit(job) == 0, zygote.said
+    assert "lease.json: is gone, removed by somebody" in submits.said
+    assert submits.submit(job) == 0, submits.said
     assert len(table(f"{tmp_path}/out")) == 400
 
 
@@ -277,7 +261,7 @@ def test_a_full_disk_is_named_and_the_job_goes_on_when_there_is_room(tmp_path: P
     assert len(table(f"{tmp_path}/out")) == 400
 
 
-def test_a_row_that_kills_its_process_is_found_by_submitting_again(zygote: Zygote, tmp_path: Path) -> None:
+def test_a_row_that_kills_its_process_is_found_by_submitting_again(submits: Submits, tmp_path: Path) -> None:
     """A worker in process has nobody to begin again but who submits: the journal remembers."""
     rows = 40
     job = job_file(tmp_path, f"{tmp_path}/out", rows=rows, rows_per_part=20)
@@ -286,7 +270,7 @@ def test_a_row_that_kills_its_process_is_found_by_submitting_again(zygote: Zygot
     job.write_text(yaml.safe_dump(sections))
     codes = []
     while not codes or codes[-1] != 0:
-        codes.append(zygote.submit(job))
+        codes.append(submits.submit(job))
         assert len(codes) < 12
     assert set(codes[:-1]) == {-signal.SIGKILL}
     failed = [row for row in table(f"{tmp_path}/out") if row["status"] != "ok"]
@@ -294,7 +278,7 @@ def test_a_row_that_kills_its_process_is_found_by_submitting_again(zygote: Zygot
     assert len(table(f"{tmp_path}/out")) == rows
 
 
-def test_an_output_that_cannot_be_written_is_named(zygote: Zygote, tmp_path: Path) -> None:
-    assert zygote.submit(job_file(tmp_path, "/sys/batchgen/out")) == 1
-    assert "error: create /sys/batchgen/out/__batchgen/lease.json: " in zygote.said
-    assert "Traceback" not in zygote.said
+def test_an_output_that_cannot_be_written_is_named(submits: Submits, tmp_path: Path) -> None:
+    assert submits.submit(job_file(tmp_path, "/sys/batchgen/out")) == 1
+    assert "error: create /sys/batchgen/out/__batchgen/lease.json: " in submits.said
+    assert "Traceback" not in submits.said

@@ -21,7 +21,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
-from batchgen.generate import reaches_stop
+from batchgen.generate import reaches_stop, stop_reach
 from batchgen.speculation.chain import LONGEST, ChainLengths
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class _Mixin(Scheduler):
         self._file = Path(asked["lengths"]) if "lengths" in asked else None
         if self._file is not None:
             self._lengths = _load(self._file)
+            self._lengths.started(drafts=self.num_spec_tokens > 0)
         self._since = self._saved = time.monotonic()
         self._in_flight = self._planned = 0
         # Others draft for each row what was asked for, but at its end.
@@ -90,9 +91,10 @@ class _Mixin(Scheduler):
         stop = _asked(request).get("stop", ())
         if not stop:
             return new_token_ids, stopped
-        output = list(request.output_token_ids)
+        output, reach = request.output_token_ids, stop_reach(stop)
         for num in range(1, len(new_token_ids) + 1):
-            if reaches_stop(output[: len(output) - len(new_token_ids) + num], stop, self._decode):
+            last = len(output) - len(new_token_ids) + num
+            if reaches_stop(output[max(0, last - reach) : last], stop, self._decode):
                 del new_token_ids[num:]
                 request.status = RequestStatus.FINISHED_STOPPED
                 return new_token_ids, True

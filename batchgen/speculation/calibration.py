@@ -47,7 +47,8 @@ class Calibration:
     def __init__(self) -> None:
         self._cells = np.zeros((3, *CELLS))  # nodes, labels, logit q
         self._fitted = PRIOR
-        self._calls, self._refit_at = 0, 1
+        # Steps, those that the weights are fitted at, and whether anything was counted since.
+        self._calls, self._refit_at, self._counted = 0, 1, False
         self._bins = np.zeros((3, 10))  # nodes, predictions, labels, by prediction
         self._weights = _weights(PRIOR)
         self._waiting: list[NDArray[Any]] = []
@@ -74,12 +75,21 @@ class Calibration:
         self._calls += 1
         self._waiting.append(np.stack([logq, rank, depth, label]))
         # The first calls are learned from at once.
-        if self._calls < self._refit_at and sum(each.shape[1] for each in self._waiting) < BATCH_NODES:
+        if self._calls >= self._refit_at or sum(each.shape[1] for each in self._waiting) >= BATCH_NODES:
+            self._count()
+            self._counted = True
+        return self._refit_in_time()
+
+    def waits(self) -> bool:
+        """A step drafted nothing: what was learned before is made use of no later; whether acceptances have changed."""
+        self._calls += 1
+        return self._refit_in_time()
+
+    def _refit_in_time(self) -> bool:
+        if self._calls < self._refit_at or not (self._counted or self._waiting):
             return False
         self._count()
-        if self._calls < self._refit_at:
-            return False
-        self._refit_at = min(2 * self._calls, self._calls + REFIT_CALLS)
+        self._counted, self._refit_at = False, min(2 * self._calls, self._calls + REFIT_CALLS)
         self._refit()
         return True
 

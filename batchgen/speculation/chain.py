@@ -41,6 +41,8 @@ PROBE_SHARE = 0.01
 MARGIN = 1.02
 # What length 0 must be worth, as a share of the best length, to try an engine that cannot draft.
 TRY_WITHOUT = 0.9
+# After so many engines in a row that could not draft one that can is started again.
+STARTS_WITHOUT = 7
 # Steps that a mean of seconds remembers, and drafts that an acceptance rate remembers.
 MEMORY_STEPS, MEMORY_DRAFTS = 32, 4096
 # Drafts that weigh as much as what is assumed of a position: the rate of the one before it, of the first `FIRST_RATE`.
@@ -102,6 +104,7 @@ class ChainLengths:
         self.longest = longest
         self._sizes: dict[int, _Size] = {}
         self._drafted, self._accepted = np.zeros(longest), np.zeros(longest)
+        self._starts_without = 0  # of engines in a row
 
     def next(self, rows: int) -> int:
         """The length to draft in a step of `rows` rows."""
@@ -171,13 +174,18 @@ class ChainLengths:
         """A step of `rows` rows, that read no prompt, of an engine that cannot draft took `seconds`."""
         self._size(rows).without.add(seconds, 0)
 
+    def started(self, *, drafts: bool) -> None:
+        """An engine has started that can draft, or one that cannot."""
+        self._starts_without = 0 if drafts else self._starts_without + 1
+
     def without_pays(self, rows: int) -> bool:
         """Whether an engine that cannot draft is better at this number of rows, or worth a try.
 
-        False before every length that might pay was tried.
+        False before every length that might pay was tried, and once in `STARTS_WITHOUT` engines: other prompts may be
+        drafted better.
         """
         size = self._sizes.get(power_of_two(rows))
-        if size is None or self._untried(size) is not None:
+        if size is None or self._untried(size) is not None or self._starts_without >= STARTS_WITHOUT:
             return False
         values = self._values(size)
         none, best = values.get(0, 0.0), max(values.values(), default=0.0)
@@ -205,7 +213,7 @@ class ChainLengths:
             for bucket, size in self._sizes.items()
         }
         counts = {"drafted": self._drafted.tolist(), "accepted": self._accepted.tolist()}
-        return json.dumps({"longest": self.longest, "sizes": sizes} | counts)
+        return json.dumps({"longest": self.longest, "sizes": sizes, "starts_without": self._starts_without} | counts)
 
     @classmethod
     def of_json(cls, text: str) -> ChainLengths:
@@ -218,6 +226,7 @@ class ChainLengths:
         lengths = cls(int(facts["longest"]))
         lengths._drafted = _counts(facts["drafted"], lengths.longest)
         lengths._accepted = _counts(facts["accepted"], lengths.longest)
+        lengths._starts_without = int(facts["starts_without"])
         for bucket, size in facts["sizes"].items():
             steps = {int(length): _Steps(int(num), float(seconds)) for length, seconds, num in size["seconds"]}
             seconds = float(size["without"])

@@ -149,7 +149,8 @@ class Costs:
         """
         if even:
             ratio = bounded(seconds / (self.even * self.verify(nodes, context)))
-            self.even = min(1.0, self.even * ratio**RATE)
+            # Below 1, or such passes would be made no more, and could not be found to be faster again.
+            self.even = min(0.999, self.even * ratio**RATE)
             drift = ratio**DRIFT
             self.verify.scale(drift)
         else:

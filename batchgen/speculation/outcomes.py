@@ -48,7 +48,7 @@ class Outcomes:
         steps, slower = self._slower.get(power_of_two(rows), (FIRST_STEPS, 1.0))
         steps = min(steps + 1, PLAIN_STEPS)
         self._slower[power_of_two(rows)] = steps, slower + (bounded(seconds / foretold) - slower) / steps
-        self._fade(rows)
+        self.fade(rows)
 
     def drafted(self, rows: int, draft: Draft, promised: float, tokens: int, seconds: float, plain_s: float) -> None:
         """A step of `rows` rows gave `tokens` in `seconds`, that promised `promised` times as many as plain ones.
@@ -57,7 +57,7 @@ class Outcomes:
         `plain` step, too.
         """
         if draft.depth:
-            self._fade(rows)
+            self.fade(rows)
         sums = self._sums.setdefault(power_of_two(rows), {})
         gave, hoped = tokens / rows, promised * seconds / (plain_s * self.slower(rows))
         for key in (draft, None) if draft.depth else (draft,):
@@ -86,7 +86,8 @@ class Outcomes:
 
         return kept
 
-    def _fade(self, rows: int) -> None:
+    def fade(self, rows: int) -> None:
+        """A step of `rows` rows passed."""
         sums = self._sums.get(power_of_two(rows), {})
         fade = 1 - 1 / (MEMORY * _trusted(rows))
         for key, (gave, hoped) in sums.items():

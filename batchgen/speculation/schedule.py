@@ -237,6 +237,8 @@ class Schedule:
                 self._until_plain = 0
             if verify_s < MAX_PLAIN * plain_s:
                 self._outcomes.plain(ahead.rows, seconds, verify_s)
+            else:
+                self._outcomes.fade(ahead.rows)
             if not self._looks_up:
                 self._looking_s *= 1 - 1 / LOOKING_STEPS
             elif self._seen.looks_up:

@@ -6,7 +6,8 @@ What follows `--` goes to `speculators train` and wins over what is set here. Th
 engines load it. `--data` takes exports of the form `speculators-states`. With `--head` training goes on from that head.
 
 Of speculators 0.9 three things are worked around: it insists on an accelerator, which on a CPU is answered by the CPU
-itself; its fused loss and flex attention are for GPUs; and it trains a head in the type that it is stored in. Needs
+itself; its fused loss and flex attention are for GPUs; and it trains a head in the type that it is stored in. Of torch
+one: Muon computes in bfloat16, which CPUs without such instructions do twenty times as slowly as float32. Needs
 `pip install -e ".[train]"`; with a CPU build of torch then also `pip uninstall -y torchvision torchaudio`, which come
 along built for CUDA.
 
@@ -62,7 +63,20 @@ def on_cpu() -> None:
     torch.accelerator.set_device_index = lambda device: None
     torch.cpu.empty_cache = lambda: None
     trainer.get_local_rank = lambda: cpu
+    if not multiplies_bfloat16():
+        torch.optim._muon._zeropower_via_newtonschulz = orthogonal  # noqa: SLF001
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 0) or len(os.sched_getaffinity(0)))
+
+
+def orthogonal(grad: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> torch.Tensor:
+    """The Newton-Schulz iteration of Muon (Jordan et al., kellerjordan.github.io/posts/muon), in float32."""
+    a, b, c = coefficients
+    x = grad.T if grad.shape[0] > grad.shape[1] else grad
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if grad.shape[0] > grad.shape[1] else x
 
 
 def joined(sets: list[Path], folder: Path) -> tuple[Path, float]:

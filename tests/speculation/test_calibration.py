@@ -41,6 +41,21 @@ def test_a_logistic_model_is_recovered_from_its_samples(soft):
     assert np.abs(error).mean() < 0.008
 
 
+def test_what_few_steps_tell_is_made_use_of_among_many_that_tell_nothing():
+    """A head that was useless for long is tried now and then: that it has become right must not take for ever."""
+    calibration, node = Calibration(), (np.full(8, np.log(0.8)), np.zeros(8), np.ones(8))
+    for _ in range(2000):
+        calibration.learn(*node, np.zeros(8))
+    assert calibration.acceptance(*node)[0] < 0.05
+    for step in range(3200):
+        if step % 32:
+            calibration.waits()
+        else:
+            calibration.learn(*node, np.ones(8))
+    # 100 steps of 8 among what is remembered of 2,000.
+    assert calibration.acceptance(*node)[0] == pytest.approx(100 / 2100, rel=0.3)
+
+
 def test_the_reported_error_shrinks_and_means_meet():
     calibration = Calibration()
     errors = []

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchgen.speculation.chain import LONGEST, ChainLengths
+from batchgen.speculation.chain import LONGEST, STARTS_WITHOUT, ChainLengths
 
 
 class World:
@@ -102,7 +102,14 @@ def test_an_engine_that_cannot_draft_is_tried_where_drafts_hardly_pay_and_kept_w
     assert not lengths.without_pays(1), "of other numbers of rows nothing is known"
     for _ in range(10):
         lengths.seen_without(64, without_s)
-    assert ChainLengths.of_json(lengths.as_json()).without_pays(64) == better
+    again = ChainLengths.of_json(lengths.as_json())
+    assert again.without_pays(64) == better
+    for _ in range(STARTS_WITHOUT):
+        assert again.without_pays(64) == better
+        again.started(drafts=False)
+    assert not ChainLengths.of_json(again.as_json()).without_pays(64), "other prompts may be drafted better"
+    again.started(drafts=True)
+    assert again.without_pays(64) == better
 
 
 def test_a_change_is_followed():

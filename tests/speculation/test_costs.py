@@ -106,6 +106,17 @@ def test_context_that_was_measured_far_too_dear_is_corrected_with_the_rest():
     assert table(64, 10_000) == pytest.approx(0.2, rel=0.05)
 
 
+def test_even_passes_that_were_slow_for_a_while_are_found_to_be_faster_again():
+    """At 1 they would not be made any more, and nothing would be learned of them."""
+    passes = Costs(Table([1, 8], [0.1, 0.2]), Table([1], [0.01]), Table([1], [0.01]), even=0.9)
+    for _ in range(200):
+        passes.refine_verify(8, 0, 1.5 * passes.verify(8), even=True)
+    assert passes.even < 1.0
+    for _ in range(200):
+        passes.refine_verify(8, 0, 0.9 * passes.verify(8), even=True)
+    assert passes.even == pytest.approx(0.9, rel=0.02)
+
+
 PASSES = Costs(Table([1, 8], [0.1, 0.2], 1e-7), Table([1], [0.01]), Table([1, 2], [0.01, 0.02]))
 
 

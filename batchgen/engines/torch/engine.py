@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 # Target features of all rows that may wait for the draft while nothing is drafted. A row that ends before it is drafted
 # again has spared the draft its catching up.
 PENDING_BYTES = 768 << 20
+# Passes in a row that may read prompts beside decoding rows.
+MOST_MIXED = 32
 
 
 class TorchEngine:
@@ -70,7 +72,7 @@ class TorchEngine:
         models: list[Target | Draft] = [target] if self._draft is None else [target, self._draft]
         self._slots = Slots(batch_size, target.max_tokens, memory_bytes, models)
         self._rows = self._slots.rows
-        self.running = self.num_tokens = 0
+        self.running = self.num_tokens = self._mixed = 0
         self.seconds = {"draft": 0.0, "target": 0.0, "host": 0.0}  # where the time of passes went
 
     @property
@@ -137,7 +139,10 @@ class TorchEngine:
         num_nodes = len(trees.token_N)
         seen = np.array([row.seen for row in rows], np.int64)
         tiles = Tiles(np.array(decoding), seen, trees.counts(), trees.bits_N, trees.depth_N) if rows else None
-        spans = self._chunk(num_nodes)
+        # A pass that reads prompts tells nothing of what drafting takes, and with long prompts every pass would be one.
+        learns = self._width is not None and self._width.learns
+        spans = [] if rows and learns and self._mixed == MOST_MIXED else self._chunk(num_nodes)
+        self._mixed = self._mixed + 1 if rows and spans else 0
         prompts = [self._rows[span.slot].tokens[span.prefix : span.prefix + span.stop - span.start] for span in spans]
         token_ids = self._upload(np.concatenate([trees.token_N, *prompts]))
         # A prompt that was read to its end gives its row's first token; a row that resumes has it already.
@@ -156,15 +161,15 @@ class TorchEngine:
         self._count(rows, trees, walks, drafted)
         for row, token in zip(begun, first.tolist(), strict=True):
             self._append(row, [token])
-        self._bound_pending()
         ended = time.perf_counter()
+        self._bound_pending()
         for name, seconds in (("draft", grown - began), ("target", judged - grown), ("host", ended - judged)):
             self.seconds[name] += seconds
         if self._width is not None and self._draft is not None and rows:
             num_tokens = self.num_tokens - before - len(ends)
-            times = (grown - began, ended - grown)
-            learned = drafted if self._width.learns else None
-            reached = None if learned is None else _reached(learned, trees, walks, sampled)
+            asked_s = time.perf_counter()
+            reached = _reached(drafted, trees, walks, sampled) if learns and drafted is not None else None
+            times = (grown - began, ended - grown, time.perf_counter() - asked_s)
             captures = self._target.graphs.num_captured > captured_before
             step = Step(len(rows), context, num_nodes, num_tokens, *times, bool(spans), captures, drafted)
             self._width.spent(step, reached)

@@ -6,7 +6,7 @@ import dataclasses
 import time
 from typing import TYPE_CHECKING
 
-from batchgen.generate import completed_text, reaches_stop
+from batchgen.generate import completed_text, reaches_stop, stop_reach
 from batchgen.record import Acceptance, Completion
 from batchgen.speculation.lookup import History
 
@@ -95,7 +95,7 @@ class Row:
             if (
                 token in eos_token_ids
                 or token in sampling.stop_token_ids
-                or (sampling.stop and reaches_stop(self.tokens[-self.num_output :], sampling.stop, decode))
+                or (sampling.stop and reaches_stop(self._last(stop_reach(sampling.stop)), sampling.stop, decode))
             ):
                 self.finish = "stop"
             elif len(self.tokens) >= self.limit:
@@ -103,6 +103,10 @@ class Row:
             if self.finish is not None:
                 return i
         return len(tokens)
+
+    def _last(self, num: int) -> list[int]:
+        """That many of the last output tokens, or all."""
+        return self.tokens[-min(num, self.num_output) :]
 
     def completion(self, eos_token_ids: frozenset[int], decode: Callable[[Sequence[int]], str]) -> Completion:
         """What the request came to; `finish` is set."""

@@ -135,6 +135,7 @@ class Sampled:
         self._logits, self._draws = logits, draws
         self._warm_N = draws.temperatures() > 0.0
         self._missing_N = self._warm_N & (not logits.is_cuda)
+        self._least_N = torch.full((len(logits),), float("-inf"))
         if logits.is_cuda:
             self._tokens_N = draw(logits, draws)
         elif self._warm_N.all():
@@ -147,7 +148,10 @@ class Sampled:
         """The tokens after `nodes`."""
         missing = nodes[self._missing_N[nodes]]
         if len(missing):
-            self._tokens_N[missing] = draw(self._logits[torch.from_numpy(missing)], self._draws.of(missing))
+            at, draws = torch.from_numpy(missing), self._draws.of(missing)
+            logits = self._logits[at]
+            self._least_N[at] = least = limits(logits, draws)
+            self._tokens_N[missing] = draw(logits, draws, least)
             self._missing_N[missing] = False
         return self._tokens_N[nodes]
 
@@ -160,19 +164,17 @@ class Sampled:
         warm = np.flatnonzero(self._warm_N[nodes])
         if len(warm) and not self._logits.is_cuda:
             asked, place = np.unique(nodes[warm], return_inverse=True)
-            draws = self._draws.of(asked)
-            scaled = self._logits[torch.from_numpy(asked)].float() / torch.from_numpy(draws.temperatures())[:, None]
-            scaled = torch.where(scaled >= thresholds(scaled, draws.samplings())[:, None], scaled, float("-inf"))
+            nodes_at, temperature = torch.from_numpy(asked), torch.from_numpy(self._draws.of(asked).temperatures())
+            scaled = self._logits[nodes_at].float() / temperature[:, None]
+            scaled = torch.where(scaled >= self._least_N[nodes_at, None], scaled, float("-inf"))
             at = torch.from_numpy(place)
             logp = scaled[at, torch.from_numpy(tokens[warm])] - scaled.logsumexp(1)[at]
             chances[warm] = logp.exp().numpy()
         return chances
 
 
-def draw(logits: torch.Tensor, draws: Draws) -> NDArray[np.int64]:
-    """One token per row of `logits` [N, V]."""
-    if not len(logits):
-        return np.zeros(0, np.int64)
+def limits(logits: torch.Tensor, draws: Draws) -> torch.Tensor:
+    """The least of each row of `logits` [N, V] / temperature that its sampling lets survive, float32 [N]."""
     samplings, device = draws.samplings(), logits.device
     temperature = upload(draws.temperatures(), device)
     least = torch.full_like(temperature, float("-inf"))
@@ -182,6 +184,15 @@ def draw(logits: torch.Tensor, draws: Draws) -> NDArray[np.int64]:
         at = upload(np.array(some, np.int64), device)
         scaled = logits[at].float() / temperature[at, None]
         least[at] = thresholds(scaled, [samplings[i] for i in some])
+    return least
+
+
+def draw(logits: torch.Tensor, draws: Draws, least: torch.Tensor | None = None) -> NDArray[np.int64]:
+    """One token per row of `logits` [N, V], whose `limits` are `least`."""
+    if not len(logits):
+        return np.zeros(0, np.int64)
+    least = limits(logits, draws) if least is None else least
+    temperature, device = upload(draws.temperatures(), logits.device), logits.device
     tokens: NDArray[np.int64] = gumbel_argmax(logits, temperature, least, *upload(draws.words(), device)).cpu().numpy()
     return tokens
 

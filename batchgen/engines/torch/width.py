@@ -73,6 +73,7 @@ class Step:
     """What one step of `rows` decoding rows took and gave.
 
     `context` tokens stood before the roots of all rows, `nodes` were verified, roots included, and gave `tokens`.
+    To ask how likely what was drafted was to be kept took `reached_s`.
     `mixed` says that prompts were read in the same pass, `captures` that passes were captured to be replayed later.
     """
 
@@ -82,6 +83,7 @@ class Step:
     tokens: int
     draft_s: float
     verify_s: float
+    reached_s: float
     mixed: bool
     captures: bool
     drafted: Drafted | None
@@ -224,6 +226,10 @@ class AutoTree:
         )
         if throughput is not None and self.costs.even < 1.0 and len(path) == rows > 1:
             kept = self._evened(path, kept, throughput, ahead.context)
+        if self._exploring and num:
+            # Who is believed to be right never would not be verified, and could not be found to be right again.
+            first = np.isfinite(logp.numpy()[:, 0]) & offer.of_use[:, 0] & (kept.sum(1) < MAX_NODES - 1)
+            kept[:, 0] |= first
         self._expected += float(path[kept].sum())
         self._deciding_s += time.perf_counter() - began
         return torch.from_numpy(kept)
@@ -268,25 +274,28 @@ class AutoTree:
         self._num_nodes += step.nodes - step.rows
         self._num_tokens += step.tokens
         self._forecast += self._expected
+        self._deciding_s += step.reached_s
         drafted = step.drafted
         headed = drafted is not None and drafted.shape is not None
         self._num_drafting += headed
         if drafted is not None and reached is not None:
             self._learn(drafted, reached)
+        elif self._calibration.waits():
+            self._schedule.revalue()
         # What a second is worth must be told by the clock that nodes are priced by: with costs that are all a third too
         # high, and tokens per real second, hardly a node would seem worth its price.
         drafting_s = self._drafting_s(drafted.extend_tokens, step.context) if drafted is not None else 0.0
         verify_s = float(self.costs.verify(step.nodes, step.context)) * (self.costs.even if self._even else 1.0)
         seconds = verify_s + drafting_s + self._deciding_s
         self._throughput.seen(step.rows, step.tokens, seconds / self._unit_s(step.rows, step.context))
-        taken = step.draft_s + step.verify_s
+        taken = step.draft_s + step.verify_s + step.reached_s
         self._schedule.spent(taken)
         if step.captures:  # which takes longer than many passes
             return
         # What exploring steps draft is like nothing else; their pass of the target still tells how fast the machine is,
         # and at first they alone do.
         if drafted is not None and headed and not self._exploring:
-            ratio = (step.draft_s - self._deciding_s) / drafting_s
+            ratio = (step.draft_s + step.reached_s - self._deciding_s) / drafting_s
             passes = [(self.costs.extend, drafted.extend_tokens), *((self.costs.level, n) for n in self._levels[:1])]
             for table, tokens in passes:
                 table.refine(tokens, step.context, ratio * table(tokens, step.context), RATE)

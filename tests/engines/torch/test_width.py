@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 import random
@@ -235,7 +236,7 @@ def kept_of_chains(even: float, last: list[float]) -> list[list[bool]]:
     ahead = Ahead(100 * rows, [1] * rows, [0] * rows, 0)  # near their ends, so that no step explores
     for _ in range(WARM_STEPS):
         width.plan(ahead)
-        width.spent(Step(rows, 100 * rows, rows, rows, 0.0, 0.03 + 0.005 * rows, False, False, None), None)
+        width.spent(Step(rows, 100 * rows, rows, rows, 0.0, 0.03 + 0.005 * rows, 0.0, False, False, None), None)
     width.plan(ahead)
     drafted = Drafted(Shape(3, 1, 3), range(rows), rows, chains(last))
     return width.keep(drafted, torch.full((rows,), 9), ahead).tolist()
@@ -246,7 +247,7 @@ def test_a_step_that_captures_graphs_teaches_nothing_of_what_passes_cost(capture
     width = AutoTree(costs(a_node=0.005))
     before = width.costs.verify(4)
     width.plan(Ahead(400, [1] * 4, [0] * 4, 0))
-    width.spent(Step(4, 400, 4, 4, 0.0, 3 * before, False, captures, None), None)
+    width.spent(Step(4, 400, 4, 4, 0.0, 3 * before, 0.0, False, captures, None), None)
     assert (width.costs.verify(4) == before) == captures
 
 
@@ -257,8 +258,42 @@ def test_steps_that_explore_tell_how_fast_the_machine_is():
     shape, rows = width.plan(Ahead(400, [1] * 4, [9] * 4, 0))
     assert shape.depth > 1, "it explores"
     drafted = Drafted(shape, rows, 4, chains([0.5] * 4))
-    width.spent(Step(4, 400, 8, 6, 0.1, 2 * before, False, False, drafted), None)
+    width.spent(Step(4, 400, 8, 6, 0.1, 2 * before, 0.0, False, False, drafted), None)
     assert 1.05 * before < width.costs.verify(8) < 2 * before
+
+
+def test_what_is_tried_is_verified_whatever_is_believed_of_it():
+    """Else a head that was right never would be believed so for ever."""
+    width, rows = AutoTree(costs(a_node=100.0)), 4
+    shape, of = width.plan(ahead := Ahead(400, [1] * rows, [9] * rows, 0))
+    assert shape.depth > 1, "it explores"
+    kept = width.keep(Drafted(shape, of, rows, chains([0.5] * rows)), torch.tensor([9, 9, 9, 0]), ahead)
+    assert kept.tolist() == [[True, False, False]] * 3 + [[False] * 3], "the last row may write no more"
+
+
+class Mixed(AutoTree):
+    """Remembers which passes read prompts beside decoding rows."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.mixed: list[bool] = []
+
+    def spent(self, step, reached):
+        self.mixed.append(step.mixed)
+        super().spent(step, reached)
+
+
+def test_now_and_then_a_pass_reads_no_prompt(bench, prompts, monkeypatch):
+    """What drafting takes is told by such passes alone, and where prompts are long there might be none."""
+    monkeypatch.setattr("batchgen.engines.torch.engine.MOST_MIXED", 3)
+    long, width = bench.prompts("eagle_gsm8k", 2), Mixed(costs(a_node=0.0002))
+    done = bench.run(bench.engine(width, 3, prefill_tokens=16), [prompts[0], *long], Sampling(max_tokens=40))
+    # Later on the first row has ended, and prompts are read beside none.
+    apart = [len(list(passes)) for mixed, passes in itertools.groupby(width.mixed[:12]) if mixed]
+    assert sum(apart) > 6
+    assert max(apart) == 3
+    expected = bench.run(bench.engine(None, 3), [prompts[0], *long], Sampling(max_tokens=40))
+    assert [c.token_ids for c in done] == [c.token_ids for c in expected]
 
 
 def test_one_row_is_not_one_of_even_rows():
