@@ -43,7 +43,7 @@ def run(asked: dict[str, Any]) -> int:
         code = int(ended.code or 0)
     except BaseException:  # noqa: BLE001  # a traceback is what Python would print, too
         traceback.print_exc()
-    atexit._run_exitfuncs()  # noqa: SLF001
+    atexit._run_exitfuncs()
     sys.stdout.flush()
     return code
 
