@@ -7,12 +7,14 @@ ranks, is what trees of every shape would have been worth, each from the tokens 
 and from the measured costs of passes follow, for every number of rows, as multiples of plain decoding:
 
     oracle    the best shape of drafts, in which rows are drafted only as deep, and nodes verified, as will be accepted
+    copying   the same where what a row repeats of itself is looked up, and the head drafts only where it gets further
     perfect   the best depth of chains of a head that is always right
     needed    the share of right chains of one token at which drafting them for all rows breaks even
     drained   the job of drained.py, if its prompts are read as in plain decoding, some beside every step, and a step of
               so many rows is as much faster as the oracle's
 
-What `tree: auto` reaches lies below `oracle`; where `perfect` is low it is the machine that has nothing to give away.
+What `tree: auto` reaches lies below `copying`, and without lookups below `oracle`; where `perfect` is low it is the
+machine that has nothing to give away.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from batchgen.engines.torch.engine import TorchEngine
 from batchgen.engines.torch.forest import Shape
 from batchgen.engines.torch.measure import measure
 from batchgen.engines.torch.width import Drafted, FixedTree
+from batchgen.speculation.lookup import MOST, History
 from batchgen.speculation.schedule import CHILDREN, PLAIN, SHAPES, Draft
 
 if TYPE_CHECKING:
@@ -77,10 +80,32 @@ def followed(draft: Candidates, text: Sequence[int]) -> list[int]:
     return ranks
 
 
-def accepted(texts: list[list[list[int]]], depth: int, width: int, children: int = CHILDREN) -> NDArray[np.int64]:
-    """Tokens accepted in every step of `texts`, by trees of `depth` that expand `width` nodes of each level."""
-    lengths = []
-    for ranks in texts:
+def copied(tokens: Sequence[int], num_read: int) -> list[int]:
+    """How many of the tokens after each of a row's own, `num_read` on, are what is looked up there."""
+    known, found = list(tokens[:num_read]), []
+    history = History(known)
+    for place in range(num_read, len(tokens)):
+        known.append(tokens[place])
+        _, looked_up = history.follow(MOST)
+        right = (one == other for one, other in zip(looked_up, tokens[place + 1 :], strict=False))
+        found.append(sum(itertools.takewhile(bool, right)))
+    return found
+
+
+def accepted(
+    texts: list[list[list[int]]],
+    depth: int,
+    width: int,
+    children: int = CHILDREN,
+    *,
+    looked_up: list[list[int]] | None = None,
+) -> NDArray[np.int64]:
+    """Levels drafted and tokens accepted in every step of `texts`, by trees of `depth`, `width` nodes a level; [S, 2].
+
+    Nothing is drafted where as much is `looked_up`, of each text before each token.
+    """
+    steps = []
+    for number, ranks in enumerate(texts):
         place = 0
         while place < len(ranks):
             length = 0
@@ -90,9 +115,10 @@ def accepted(texts: list[list[list[int]]], depth: int, width: int, children: int
                 length += 1
                 if rank >= width:  # a candidate, but not expanded
                     break
-            lengths.append(length)
-            place += 1 + length
-    return np.array(lengths)
+            found = looked_up[number][place] if looked_up else 0
+            steps.append((0, found) if found >= length else (length, length))
+            place += 1 + steps[-1][1]
+    return np.array(steps)
 
 
 def seconds(costs: Costs, rows: int, tokens: float, shape: Draft, context: int, going_on: Sequence[float]) -> float:
@@ -106,7 +132,9 @@ def seconds(costs: Costs, rows: int, tokens: float, shape: Draft, context: int, 
     return float(costs.verify(tokens, context)) + drafting
 
 
-def limits(costs: Costs, texts: list[list[list[int]]], rows: int, context: int) -> dict[str, float]:
+def limits(
+    costs: Costs, texts: list[list[list[int]]], looked_up: list[list[int]], rows: int, context: int
+) -> dict[str, float]:
     """See the top of this file."""
     plain = seconds(costs, rows, rows, PLAIN, context, [])
 
@@ -114,18 +142,20 @@ def limits(costs: Costs, texts: list[list[list[int]]], rows: int, context: int) 
         tokens = rows * (1 + accepted)
         return tokens / rows * plain / seconds(costs, rows, tokens, shape, context, going_on)
 
-    def best(shape: Draft) -> float:
-        lengths = accepted(texts, shape.depth, shape.width)
+    def best(shape: Draft, looked_up: list[list[int]] | None = None) -> float:
+        levels, kept = accepted(texts, shape.depth, shape.width, looked_up=looked_up).T
         # A level is drafted of whom it will be accepted.
-        going_on = [float((lengths >= level).mean()) for level in range(2, shape.depth + 1)]
-        return ratio(float(lengths.mean()), shape, going_on)
+        going_on = [float((levels >= level).mean()) for level in range(2, shape.depth + 1)]
+        return ratio(float(kept.mean()), shape, going_on)
 
-    oracle = max((shape for shape in SHAPES if shape != PLAIN), key=best)
+    shapes = [shape for shape in SHAPES if shape != PLAIN]
+    oracle = max(shapes, key=best)
     one = float(costs.verify(2 * rows, context)) + costs.extend(2 * rows, context)
     return {
         "oracle": round(best(oracle), 3),
         "oracle_depth": oracle.depth,
         "oracle_width": oracle.width,
+        "copying": round(max(best(shape, looked_up) for shape in shapes), 3),
         "perfect": round(max(ratio(depth, Draft(depth, 1), [1.0] * (depth - 1)) for depth in range(1, 7)), 3),
         "needed": round(one / plain - 1, 3),
     }
@@ -166,7 +196,7 @@ def main() -> None:
     watch = Watch()
     # One row at a time, so that a step's tree is of the row that runs.
     engine = TorchEngine(machine.target, machine.draft, decode=machine.tokenizer.decode, batch_size=1, width=watch)
-    texts = []
+    texts, looked_up = [], []
     for request in machine.requests(args.prompts, [args.max_tokens]):
         engine.submit(request)
         done: list[Completion] = []
@@ -176,7 +206,8 @@ def main() -> None:
         token_ids = done[0].token_ids
         texts.append([followed(draft, token_ids[i:]) for i, draft in enumerate(watch.drafts, 1)])
         watch.drafts.clear()
-    chains = {depth: accepted(texts, depth, 1, 1) for depth in range(1, WIDEST.depth + 1)}
+        looked_up.append(copied([*request.prompt_token_ids, *token_ids], len(request.prompt_token_ids)))
+    chains = {depth: accepted(texts, depth, 1, 1)[:, 1] for depth in range(1, WIDEST.depth + 1)}
     reached = [(chains[WIDEST.depth] >= depth).mean() for depth in range(WIDEST.depth + 1)]
     by_depth = [round(float(after / before), 3) for before, after in itertools.pairwise(reached) if before > 0]
     results: list[dict[str, object]] = [
@@ -185,14 +216,16 @@ def main() -> None:
             "acceptance_length_of_chains": [round(1 + float(c.mean()), 3) for c in chains.values()],
         }
     ]
-    oracle: dict[int, float] = {}
+    reach: dict[str, dict[int, float]] = {"oracle": {}, "copying": {}}
     for rows in map(int, args.rows.split(",")):
         costs, _ = measure(machine.target, machine.draft, rows)
-        found = limits(costs, texts, rows, rows * args.context)
-        oracle[rows] = float(found["oracle"])
+        found = limits(costs, texts, looked_up, rows, rows * args.context)
+        for name, by_rows in reach.items():
+            by_rows[rows] = float(found[name])
         results.append({"rows": rows} | found)
     job = machine.requests(256, LENGTHS)
-    results.append({"rows": len(job), "drained": round(drained(costs, oracle, job, args.context), 3)})
+    whole = {name: round(drained(costs, by_rows, job, args.context), 3) for name, by_rows in reach.items()}
+    results.append({"rows": len(job), "drained": whole})
     for fact in results:
         print(json.dumps(fact), flush=True)
     write(args.json, results, args, args.device)
