@@ -292,7 +292,7 @@ class TorchEngine:
             # Either way a copy: the next pass overwrites what this one returned.
             features = features.clone() if len(nodes) == len(features) else features[self._upload(nodes)]
             for each, own in zip(rows, torch.split(features, nums), strict=True):
-                each.hold(own)
+                each.hold(own, beside_prompts=bool(spans))
         for each, num in zip(rows, nums, strict=True):
             each.seen += num
 

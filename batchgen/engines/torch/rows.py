@@ -24,8 +24,8 @@ class Row:
 
     `tokens` holds prompt and output. The target's pool holds the first `seen` of them. A row decodes when all but the
     last, the *root*, are in the pool; before that its prompt is being read. The draft's pool holds `draft_len` slots,
-    and `pending` the target features of the slots from there up to `seen`, for the draft to catch up on; only the last
-    of these may be a view.
+    and `pending` the target features of the slots from there up to `seen`, for the draft to catch up on, views of what
+    all rows were given; the last of them may be `beside_prompts`.
     """
 
     request: Request
@@ -39,6 +39,7 @@ class Row:
     seen: int = 0
     draft_len: int = 0
     pending: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    beside_prompts: bool = False
     finish: FinishReason | None = None
     error: tuple[str, str] | None = None
     history: History = dataclasses.field(init=False)
@@ -56,14 +57,15 @@ class Row:
         """Tokens that the target must still read before the row decodes."""
         return len(self.tokens) - (self.num_output > 0) - self.seen
 
-    def hold(self, features: torch.Tensor) -> None:
+    def hold(self, features: torch.Tensor, *, beside_prompts: bool) -> None:
         """Keep the features of n further slots [n, sum H] for the draft, a view of what a step gave all rows.
 
-        What is not taken until the next ones come is copied: one row would keep all the others' alive.
+        Of a step that read prompts, what is not taken until the next ones come is copied: a row would keep them alive.
         """
-        if self.pending:
+        if self.pending and self.beside_prompts:
             self.pending[-1] = self.pending[-1].clone()
         self.pending.append(features)
+        self.beside_prompts = beside_prompts
 
     def take_pending(self, num: int) -> list[torch.Tensor]:
         """The features of the next `num` draft slots, [n, sum H] each; these count as written from here on."""
