@@ -211,7 +211,8 @@ class Disk(LocalFileSystem):  # type: ignore[misc]  # fsspec is untyped
         with os.scandir(path) as files:
             for file in files:
                 with contextlib.suppress(FileNotFoundError):
-                    left_out = file.name.startswith(_TEMPORARY) or (file.is_symlink() and _leads_back(file.path))
+                    leads_back = file.is_symlink() and file.is_dir() and _leads_back(file.path)
+                    left_out = leads_back or file.name.startswith(_TEMPORARY)
                     infos += [] if left_out else [self.info(file)]
         return infos if detail else [info["name"] for info in infos]
 
@@ -226,10 +227,10 @@ class Disk(LocalFileSystem):  # type: ignore[misc]  # fsspec is untyped
 
 
 def _leads_back(link: str) -> bool:
-    """Whether a link leads to a folder on the way to it, as it is spelled or as it really is."""
+    """Whether a link to a folder leads to one on the way to it, as it is spelled or as it really is."""
     target = Path(link).resolve()
     above = {Path(folder).resolve() for folder in Path(link).parents}
-    return target.is_dir() and any(target == folder or target in folder.parents for folder in above)
+    return any(target == folder or target in folder.parents for folder in above)
 
 
 def gcs_settings(given: Mapping[str, Any]) -> dict[str, Any]:
