@@ -7,7 +7,8 @@ engines load it. `--data` takes exports of the form `speculators-states`. With `
 
 Of speculators 0.9 three things are worked around: it insists on an accelerator, which on a CPU is answered by the CPU
 itself; its fused loss and flex attention are for GPUs; and it trains a head in the type that it is stored in. Of torch
-one: Muon computes in bfloat16, which CPUs without such instructions do twenty times as slowly as float32. Needs
+one: Muon computes in bfloat16, which CPUs without such instructions do twenty times as slowly as float32 (of a step of
+1,024 tokens 23 s of 88 on two Zen 3 cores, where all of it in float32 takes 3). Needs
 `pip install -e ".[train]"`; with a CPU build of torch then also `pip uninstall -y torchvision torchaudio`, which come
 along built for CUDA.
 
