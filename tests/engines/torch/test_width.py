@@ -199,11 +199,11 @@ def test_rows_verify_as_many_nodes_each_where_that_makes_the_faster_pass(bench, 
     shares = []
     for even in (1.0, 0.5):
         width = Counting(dataclasses.replace(costs(a_node=0.002), even=even))
-        bench.run(bench.engine(width, 8), prompts[:16], Sampling(max_tokens=24))
+        bench.run(bench.engine(width, 8), prompts[:24], Sampling(max_tokens=24))
         alike = [nodes > rows and nodes % rows == 0 for rows, nodes in width.sizes if rows > 4]
         shares.append(sum(alike) / len(alike))
     few, most = shares
-    assert few < 0.3
+    assert few < 0.45
     assert most > 0.7
 
 
