@@ -12,7 +12,7 @@ from batchgen.store import connect
 
 Anywhere = tuple[str, dict[str, Any]]
 
-SCHEMA = pa.schema([("row_id", pa.string()), ("sample", pa.int32())])
+SCHEMA = pa.schema([("row_id", pa.string()), ("sample", pa.int32()), ("error_type", pa.string())])
 SHARD = Shard(3, "gs://in/a.parquet", "7", 0, 100, "f" * 16)
 
 

@@ -67,7 +67,7 @@ from batchgen.store import connect
 
 folder, options, longest_s = sys.argv[1], json.loads(sys.argv[2]), float(sys.argv[3])
 shard = Shard(3, "gs://in/a.parquet", "7", 0, 100, "f" * 16)
-schema = pa.schema([("row_id", pa.string()), ("sample", pa.int32())])
+schema = pa.schema([("row_id", pa.string()), ("sample", pa.int32()), ("error_type", pa.string())])
 filesystems.gcs()
 if folder.startswith("s3"):
     import s3fs
@@ -104,7 +104,7 @@ def test_killed_workers_lose_no_flushed_row(anywhere: Anywhere) -> None:
     longest_s = {"gs": 0.3, "s3": 2.0, "az": 3.0}.get(folder[:2], 0.1)  # a client of S3 takes its time to start
     command = [sys.executable, "-c", KILLED_WORKERS, folder, json.dumps(options), str(longest_s)]
     answered = subprocess.run(command, check=True, timeout=60, capture_output=True, text=True).stdout.split()
-    schema = pa.schema([("row_id", pa.string()), ("sample", pa.int32())])
+    schema = pa.schema([("row_id", pa.string()), ("sample", pa.int32()), ("error_type", pa.string())])
     final = Journal.claim(connect(folder, options), folder, SHARD, schema, worker="w")
     assert len(answered) == len(set(answered)) > 30, "workers got somewhere, and none did again what was answered"
     assert {(f"r{i}", 0) for i in answered} <= final.done
