@@ -44,8 +44,6 @@ if TYPE_CHECKING:
 
 EXAMPLES = Path(__file__).parents[1]
 SETS = ("mt_bench", "eagle_gsm8k", "eagle_humaneval")
-# That a mode decodes at least: of few, what is accepted is uncertain by some percent.
-PROMPTS = 24
 MODES = ("plain", "chain-1", "chain-2", "chain-3", "chain-4", "chain-5", "tree-3x2x4", "tree-4x4x12", "head", "auto")
 # As jobs do it, and by what the head drafts alone.
 AUTO = ("auto", "head")
@@ -149,13 +147,15 @@ def main() -> None:
     options.add_argument("--max-tokens", type=int, default=96)
     options.add_argument("--turns", type=int, default=3, help="turns of each mode, of which the median counts")
     options.add_argument("--learning", type=int, default=4, help="turns of auto before all others, as in a longer job")
+    # Of few, what is accepted is uncertain by some percent.
+    options.add_argument("--prompts", type=int, default=24, help="rows that a mode decodes at least")
     options.add_argument("--json", type=Path)
     args = options.parse_args()
 
     machine = Machine(args.dtype, args.device)
     results: list[dict[str, Any]] = []
     for rows in map(int, args.rows.split(",")):
-        requests = machine.lasting(rows * -(-PROMPTS // rows), args.max_tokens)
+        requests = machine.lasting(rows * -(-args.prompts // rows), args.max_tokens)
         groups = [requests[i : i + rows] for i in range(0, len(requests), rows)]
 
         def turn(mode: str, rows: int = rows, groups: list[list[Request]] = groups) -> dict[str, float]:
