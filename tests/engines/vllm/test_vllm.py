@@ -210,7 +210,7 @@ def test_sampling_beside_drafts_is_refused_where_vllm_samples_wrong_tokens(demo)
 )
 def test_options_that_vllm_does_not_take_are_refused_by_name(demo, settings, found):
     with pytest.raises(SpecError, match=found):
-        demo.engine("vllm", "speculation.tree=off", *settings)
+        demo.engine("vllm", *settings)
 
 
 def test_hidden_states_are_those_of_the_torch_engine(demo):
