@@ -99,6 +99,7 @@ def test_a_head_keeps_a_share_of_what_it_was(tmp_path):
         assert tensor.dtype == old[name].dtype
 
 
+@pytest.mark.timeout(1200)
 def test_a_head_is_trained_on_a_jobs_rows_and_drafts_on_both_engines(tmp_path):
     job = ("jobs/train.yaml", "--set", f"output.path={tmp_path}/out", "--set", "sampling.max_tokens=12")
     run("-m", "batchgen", "submit", *job, "--set", "speculation.tree=off")
