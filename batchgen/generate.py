@@ -68,7 +68,7 @@ class Capture(Protocol):
 def stop_reach(stop: Sequence[str]) -> int:
     """How many of a completion's last tokens hold every stop string that the newest one completes."""
     # A token is at least one byte.
-    return max(len(string.encode()) for string in stop) + 8
+    return max((len(string.encode()) for string in stop), default=0) + 8
 
 
 def reaches_stop(token_ids: Sequence[int], stop: Sequence[str], decode: Callable[[Sequence[int]], str]) -> bool:

@@ -24,27 +24,17 @@ from faultproxy import Fault, FaultProxy
 from batchgen.store import connect
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 ROWS = 3
 
 
-class Submits:
-    """`said` is what the last of them wrote to stderr."""
-
-    def __init__(self) -> None:
-        self.said = ""
-
-    def submit(self, job: Path, victims: queue.Queue[int] | None = None) -> int:
-        """The exit code; the process is put into `victims` when it begins."""
-        done = batchgen("submit", job, "--log", "plain", began=victims.put if victims else lambda pid: None)
-        self.said = done.stderr
-        return done.returncode
-
-
-@pytest.fixture
-def submits() -> Submits:
-    return Submits()
+def submit(job: Path, *, code: int = 0, began: Callable[[int], None] = lambda pid: None) -> str:
+    """What it wrote to stderr; `began` is called with its process id when it begins."""
+    done = batchgen("submit", job, "--log", "plain", began=began)
+    assert done.returncode == code, done.stderr
+    return done.stderr
 
 
 def job_file(folder: Path, output: str, rows: int = ROWS, rows_per_part: int = 2, **more: Any) -> Path:
@@ -77,12 +67,12 @@ def table(output: str, **options: Any) -> list[dict[str, Any]]:
 
 
 def test_a_kill_in_any_storage_call_is_resumed_cleanly(
-    submits: Submits, gcs_folder: tuple[str, dict[str, Any]], faults: FaultProxy, tmp_path: Path
+    gcs_folder: tuple[str, dict[str, Any]], faults: FaultProxy, tmp_path: Path
 ) -> None:
     """Every call of a job in turn, before it takes place and, of those that write, between deed and answer."""
     base, options = gcs_folder
     proxy = {"endpoint_url": faults.url}
-    assert submits.submit(job_file(tmp_path, f"{base}/undisturbed", **proxy)) == 0, submits.said
+    submit(job_file(tmp_path, f"{base}/undisturbed", **proxy))
     expected, calls = table(f"{base}/undisturbed", **options), list(faults.log)
     assert [row["row_id"] for row in expected] == [f"row-{i:04d}" for i in range(ROWS)]
     killed = 0
@@ -95,12 +85,12 @@ def test_a_kill_in_any_storage_call_is_resumed_cleanly(
                 os.kill(victims.get(timeout=30), signal.SIGKILL)
 
             faults.faults = [Fault("", do, skip=i, status=None, strike=strike)]
-            code = submits.submit(job, victims)
+            code = batchgen("submit", job, began=victims.put).returncode
             # The lease's beats come when they come, so the last calls of one run may be missing in another.
             assert code == -signal.SIGKILL or (code == 0 and faults.faults[0].times == 1), f"{call}: {do}"
             killed += code != 0
             faults.faults = []
-            assert submits.submit(job) == 0, f"killed in {call}: {do}: {submits.said}"
+            submit(job)
             assert table(output, **options) == expected, f"killed in {call}: {do}"
             left = [url for url in connect(output, options).find(output) if "/journal/" in url]
             assert left == [], f"killed in {call}: {do}"
@@ -114,7 +104,7 @@ def requests(log: list[str]) -> Counter[str]:
 
 
 def test_requests_of_a_shard_do_not_grow_with_what_is_finished(
-    submits: Submits, gcs_folder: tuple[str, dict[str, Any]], faults: FaultProxy, tmp_path: Path
+    gcs_folder: tuple[str, dict[str, Any]], faults: FaultProxy, tmp_path: Path
 ) -> None:
     """One new shard beside few and beside many, and a submit that finds nothing to do."""
     new, nothing = [], []
@@ -125,12 +115,12 @@ def test_requests_of_a_shard_do_not_grow_with_what_is_finished(
         sections = yaml.safe_load(job.read_text())
         sections["input"]["path"] = str(folder)
         job.write_text(yaml.safe_dump(sections))
-        assert submits.submit(job) == 0, submits.said
+        submit(job)
         prompts = pl.read_parquet(folder / f"prompts-{shards}.parquet").head(1)
         prompts.with_columns(id=pl.lit("new")).write_parquet(folder / "prompts-new.parquet")
         for counts in (new, nothing):
             faults.log.clear()
-            assert submits.submit(job) == 0, submits.said
+            submit(job)
             counts.append(requests(faults.log))
         assert len(table(output, endpoint_url=faults.url)) == shards + 1
     # The lease may beat once more in one of two runs: three requests.
@@ -138,35 +128,33 @@ def test_requests_of_a_shard_do_not_grow_with_what_is_finished(
 
 
 def test_listings_that_lag_behind_cost_no_row(
-    submits: Submits, gcs_folder: tuple[str, dict[str, Any]], faults: FaultProxy, tmp_path: Path
+    gcs_folder: tuple[str, dict[str, Any]], faults: FaultProxy, tmp_path: Path
 ) -> None:
     """Every listing is as old as the lag; a run is killed in it, and resumed."""
     folder, options = gcs_folder
-    assert submits.submit(job_file(tmp_path, f"{folder}/undisturbed", **options)) == 0, submits.said
+    submit(job_file(tmp_path, f"{folder}/undisturbed", **options))
     faults.lag_s = 2.0
     job, victims = job_file(tmp_path, f"{folder}/lagging", endpoint_url=faults.url), queue.Queue[int]()
     faults.faults = [Fault("POST .*upload", "reset", skip=7, strike=lambda: os.kill(victims.get(), signal.SIGKILL))]
     try:
-        assert submits.submit(job, victims) == -signal.SIGKILL
-        assert submits.submit(job) == 0, submits.said
-        assert submits.submit(job) == 0, submits.said
+        submit(job, code=-signal.SIGKILL, began=victims.put)
+        submit(job)
+        submit(job)
     finally:
         faults.lag_s = 0.0
     assert table(f"{folder}/lagging", **options) == table(f"{folder}/undisturbed", **options)
 
 
-def test_repeated_requests_are_told(
-    submits: Submits, gcs_folder: tuple[str, dict[str, Any]], faults: FaultProxy, tmp_path: Path
-) -> None:
+def test_repeated_requests_are_told(gcs_folder: tuple[str, dict[str, Any]], faults: FaultProxy, tmp_path: Path) -> None:
     faults.faults = [Fault("", "status", skip=skip) for skip in (1, 5, 9)]
-    assert submits.submit(job_file(tmp_path, gcs_folder[0], endpoint_url=faults.url)) == 0
-    assert submits.said.count("trying again") == 3
+    said = submit(job_file(tmp_path, gcs_folder[0], endpoint_url=faults.url))
+    assert said.count("trying again") == 3
     summary = connect(gcs_folder[0], gcs_folder[1]).read(f"{gcs_folder[0]}/__batchgen/summary.json")
     assert json.loads(summary)["retries"] == 3
 
 
 def test_a_job_that_loses_its_bucket_says_so_and_goes_on_when_it_is_back(
-    submits: Submits, gcs: str, faults: FaultProxy, tmp_path: Path
+    gcs: str, faults: FaultProxy, tmp_path: Path
 ) -> None:
     name, options = f"lost-{uuid.uuid4().hex}", {"endpoint_url": gcs}
     bucket = f"gs://{name}"
@@ -179,11 +167,11 @@ def test_a_job_that_loses_its_bucket_says_so_and_goes_on_when_it_is_back(
 
     job = job_file(tmp_path, f"{bucket}/out", endpoint_url=faults.url)
     faults.faults = [Fault(r"^POST .*/upload/", "reset", skip=8, status=None, strike=lose)]
-    assert submits.submit(job) == 1
-    assert "does the bucket exist?" in submits.said
-    assert "Traceback" not in submits.said
+    said = submit(job, code=1)
+    assert "does the bucket exist?" in said
+    assert "Traceback" not in said
     store.fs.mkdir(name)
-    assert submits.submit(job) == 0, submits.said
+    submit(job)
     assert len(table(f"{bucket}/out", **options)) == ROWS
 
 
@@ -202,7 +190,7 @@ S3_EXPIRED = b"<Error><Code>ExpiredToken</Code><Message>The provided token has e
     ids=["gcs-403", "gcs-401", "s3"],
 )
 def test_a_job_whose_credentials_end_says_so_at_once_and_goes_on_with_others(
-    submits: Submits, gcs: str, s3: dict[str, Any], tmp_path: Path, status: int, body: bytes, expected: str
+    gcs: str, s3: dict[str, Any], tmp_path: Path, status: int, body: bytes, expected: str
 ) -> None:
     scheme, options = ("s3", s3) if body == S3_EXPIRED else ("gs", {"endpoint_url": gcs})
     folder = f"{scheme}://batchgen-tests/{uuid.uuid4().hex}"
@@ -210,24 +198,24 @@ def test_a_job_whose_credentials_end_says_so_at_once_and_goes_on_with_others(
         job = job_file(tmp_path, folder, **options | {"endpoint_url": faults.url})
         faults.faults = [Fault("", "status", skip=20, times=10_000, status=status, body=body)]
         began = time.monotonic()
-        assert submits.submit(job) == 1
+        said = submit(job, code=1)
         assert time.monotonic() - began < 20
-        assert expected in submits.said
-        assert "Traceback" not in submits.said
+        assert expected in said
+        assert "Traceback" not in said
         faults.faults = []
-        assert submits.submit(job) == 0, submits.said
+        submit(job)
     assert len(table(folder, **options)) == ROWS
 
 
-def test_an_output_whose_state_is_removed_midway_is_not_taken_for_another_run(submits: Submits, tmp_path: Path) -> None:
+def test_an_output_whose_state_is_removed_midway_is_not_taken_for_another_run(tmp_path: Path) -> None:
     """Nobody would hear of a code that says: run again."""
     job = job_file(tmp_path, f"{tmp_path}/out", rows=400, rows_per_part=4)
     killed = threading.Thread(target=_remove_state, args=(tmp_path / "out",))
     killed.start()
-    assert submits.submit(job) == 1
+    said = submit(job, code=1)
     killed.join()
-    assert "lease.json: is gone, removed by somebody" in submits.said
-    assert submits.submit(job) == 0, submits.said
+    assert "lease.json: is gone, removed by somebody" in said
+    submit(job)
     assert len(table(f"{tmp_path}/out")) == 400
 
 
@@ -242,7 +230,7 @@ def test_a_full_disk_is_named_and_the_job_goes_on_when_there_is_room(tmp_path: P
     job = job_file(tmp_path, f"{tmp_path}/out", rows=400, rows_per_part=400)
     job.write_text(job.read_text().replace("journal_rows: 1", "journal_rows: 100000"))
 
-    def submit(*, room: int) -> subprocess.CompletedProcess[str]:
+    def submit_in(room: int) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "batchgen", "submit", str(job)],
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)),
@@ -251,17 +239,17 @@ def test_a_full_disk_is_named_and_the_job_goes_on_when_there_is_room(tmp_path: P
             check=False,
         )
 
-    full = submit(room=8192)
+    full = submit_in(8192)
     assert full.returncode == 1
     assert "error: create " in full.stderr
     assert "File too large" in full.stderr
     assert "Traceback" not in full.stderr
     assert not list((tmp_path / "out").glob("*.parquet"))
-    assert submit(room=1 << 30).returncode == 0
+    assert submit_in(1 << 30).returncode == 0
     assert len(table(f"{tmp_path}/out")) == 400
 
 
-def test_a_row_that_kills_its_process_is_found_by_submitting_again(submits: Submits, tmp_path: Path) -> None:
+def test_a_row_that_kills_its_process_is_found_by_submitting_again(tmp_path: Path) -> None:
     """A worker in process has nobody to begin again but who submits: the journal remembers."""
     rows = 40
     job = job_file(tmp_path, f"{tmp_path}/out", rows=rows, rows_per_part=20)
@@ -270,7 +258,7 @@ def test_a_row_that_kills_its_process_is_found_by_submitting_again(submits: Subm
     job.write_text(yaml.safe_dump(sections))
     codes = []
     while not codes or codes[-1] != 0:
-        codes.append(submits.submit(job))
+        codes.append(batchgen("submit", job).returncode)
         assert len(codes) < 12
     assert set(codes[:-1]) == {-signal.SIGKILL}
     failed = [row for row in table(f"{tmp_path}/out") if row["status"] != "ok"]
@@ -278,7 +266,7 @@ def test_a_row_that_kills_its_process_is_found_by_submitting_again(submits: Subm
     assert len(table(f"{tmp_path}/out")) == rows
 
 
-def test_an_output_that_cannot_be_written_is_named(submits: Submits, tmp_path: Path) -> None:
-    assert submits.submit(job_file(tmp_path, "/sys/batchgen/out")) == 1
-    assert "error: create /sys/batchgen/out/__batchgen/lease.json: " in submits.said
-    assert "Traceback" not in submits.said
+def test_an_output_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    said = submit(job_file(tmp_path, "/sys/batchgen/out"), code=1)
+    assert "error: create /sys/batchgen/out/__batchgen/lease.json: " in said
+    assert "Traceback" not in said

@@ -6,6 +6,7 @@ arriving rows do not stall running ones. `slots.py` decides which rows run, `row
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
@@ -167,11 +168,10 @@ class TorchEngine:
             self.seconds[name] += seconds
         if self._width is not None and self._draft is not None and rows:
             num_tokens = self.num_tokens - before - len(ends)
-            asked_s = time.perf_counter()
-            reached = _reached(drafted, trees, walks, sampled) if learns and drafted is not None else None
-            times = (grown - began, ended - grown, time.perf_counter() - asked_s)
+            times = (grown - began, ended - grown)
             captures = self._target.graphs.num_captured > captured_before
             step = Step(len(rows), context, num_nodes, num_tokens, *times, bool(spans), captures, drafted)
+            reached = None if drafted is None else functools.partial(_reached, drafted, trees, walks, sampled)
             self._width.spent(step, reached)
 
     def _sample(

@@ -43,8 +43,10 @@ class Row:
     finish: FinishReason | None = None
     error: tuple[str, str] | None = None
     history: History = dataclasses.field(init=False)
+    reach: int = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
+        self.reach = stop_reach(self.request.sampling.stop)
         self.history = History(self.tokens)
 
     @property
@@ -97,7 +99,10 @@ class Row:
             if (
                 token in eos_token_ids
                 or token in sampling.stop_token_ids
-                or (sampling.stop and reaches_stop(self._last(stop_reach(sampling.stop)), sampling.stop, decode))
+                or (
+                    sampling.stop
+                    and reaches_stop(self.tokens[-min(self.reach, self.num_output) :], sampling.stop, decode)
+                )
             ):
                 self.finish = "stop"
             elif len(self.tokens) >= self.limit:
@@ -105,10 +110,6 @@ class Row:
             if self.finish is not None:
                 return i
         return len(tokens)
-
-    def _last(self, num: int) -> list[int]:
-        """That many of the last output tokens, or all."""
-        return self.tokens[-min(num, self.num_output) :]
 
     def completion(self, eos_token_ids: frozenset[int], decode: Callable[[Sequence[int]], str]) -> Completion:
         """What the request came to; `finish` is set."""

@@ -73,7 +73,6 @@ class Step:
     """What one step of `rows` decoding rows took and gave.
 
     `context` tokens stood before the roots of all rows, `nodes` were verified, roots included, and gave `tokens`.
-    To ask how likely what was drafted was to be kept took `reached_s`.
     `mixed` says that prompts were read in the same pass, `captures` that passes were captured to be replayed later.
     """
 
@@ -83,7 +82,6 @@ class Step:
     tokens: int
     draft_s: float
     verify_s: float
-    reached_s: float
     mixed: bool
     captures: bool
     drafted: Drafted | None
@@ -114,8 +112,8 @@ class Width(Protocol):
     def keep(self, drafted: Drafted, caps: torch.Tensor, ahead: Ahead) -> torch.Tensor:
         """The candidates to verify, bool [B, P] of B rows, each with its parent and none below `caps`."""
 
-    def spent(self, step: Step, reached: Reached | None) -> None:
-        """Learn from a step: what it took, and, of one that drafted, what it tells."""
+    def spent(self, step: Step, reached: Callable[[], Reached] | None) -> None:
+        """Learn from a step: what it took, and, of one that drafted, what it tells: that is `reached`."""
 
     def report(self) -> dict[str, Any]:
         """What was expected and what came, for the job's summary."""
@@ -143,7 +141,7 @@ class FixedTree:
         assert drafted.shape is not None
         return forest.likeliest(drafted.candidates, caps, drafted.shape.nodes)
 
-    def spent(self, step: Step, reached: Reached | None) -> None:
+    def spent(self, step: Step, reached: Callable[[], Reached] | None) -> None:
         """See `Width`."""
 
     def report(self) -> dict[str, Any]:
@@ -267,35 +265,36 @@ class AutoTree:
         self._even = num_even > 0
         return budget.even(path, num_even) if num_even else uneven
 
-    def spent(self, step: Step, reached: Reached | None) -> None:
+    def spent(self, step: Step, reached: Callable[[], Reached] | None) -> None:
         """See `Width`."""
         self._num_steps += 1
         self._num_roots += step.rows
         self._num_nodes += step.nodes - step.rows
         self._num_tokens += step.tokens
         self._forecast += self._expected
-        self._deciding_s += step.reached_s
         drafted = step.drafted
         headed = drafted is not None and drafted.shape is not None
         self._num_drafting += headed
+        began = time.perf_counter()
         if drafted is not None and reached is not None:
-            self._learn(drafted, reached)
+            self._learn(drafted, reached())
         elif self._calibration.waits():
             self._schedule.revalue()
+        deciding_s = self._deciding_s + time.perf_counter() - began
         # What a second is worth must be told by the clock that nodes are priced by: with costs that are all a third too
         # high, and tokens per real second, hardly a node would seem worth its price.
         drafting_s = self._drafting_s(drafted.extend_tokens, step.context) if drafted is not None else 0.0
         verify_s = float(self.costs.verify(step.nodes, step.context)) * (self.costs.even if self._even else 1.0)
-        seconds = verify_s + drafting_s + self._deciding_s
+        seconds = verify_s + drafting_s + deciding_s
         self._throughput.seen(step.rows, step.tokens, seconds / self._unit_s(step.rows, step.context))
-        taken = step.draft_s + step.verify_s + step.reached_s
+        taken = step.draft_s + step.verify_s + deciding_s - self._deciding_s
         self._schedule.spent(taken)
         if step.captures:  # which takes longer than many passes
             return
         # What exploring steps draft is like nothing else; their pass of the target still tells how fast the machine is,
         # and at first they alone do.
         if drafted is not None and headed and not self._exploring:
-            ratio = (step.draft_s + step.reached_s - self._deciding_s) / drafting_s
+            ratio = (step.draft_s - self._deciding_s) / drafting_s
             passes = [(self.costs.extend, drafted.extend_tokens), *((self.costs.level, n) for n in self._levels[:1])]
             for table, tokens in passes:
                 table.refine(tokens, step.context, ratio * table(tokens, step.context), RATE)
@@ -304,7 +303,7 @@ class AutoTree:
         if not self._exploring:
             shape = None if drafted is None else drafted.shape
             draft = PLAIN if shape is None else Draft(shape.depth, shape.width, shape.floor)
-            self._schedule.timed(draft, step.tokens, taken, verify_s, self._deciding_s)
+            self._schedule.timed(draft, step.tokens, taken, verify_s, deciding_s)
         self.costs.refine_verify(step.nodes, step.context, step.verify_s, even=self._even)
 
     def _learn(self, drafted: Drafted, reached: Reached) -> None:

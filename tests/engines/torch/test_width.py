@@ -236,7 +236,7 @@ def kept_of_chains(even: float, last: list[float]) -> list[list[bool]]:
     ahead = Ahead(100 * rows, [1] * rows, [0] * rows, 0)  # near their ends, so that no step explores
     for _ in range(WARM_STEPS):
         width.plan(ahead)
-        width.spent(Step(rows, 100 * rows, rows, rows, 0.0, 0.03 + 0.005 * rows, 0.0, False, False, None), None)
+        width.spent(Step(rows, 100 * rows, rows, rows, 0.0, 0.03 + 0.005 * rows, False, False, None), None)
     width.plan(ahead)
     drafted = Drafted(Shape(3, 1, 3), range(rows), rows, chains(last))
     return width.keep(drafted, torch.full((rows,), 9), ahead).tolist()
@@ -247,7 +247,7 @@ def test_a_step_that_captures_graphs_teaches_nothing_of_what_passes_cost(capture
     width = AutoTree(costs(a_node=0.005))
     before = width.costs.verify(4)
     width.plan(Ahead(400, [1] * 4, [0] * 4, 0))
-    width.spent(Step(4, 400, 4, 4, 0.0, 3 * before, 0.0, False, captures, None), None)
+    width.spent(Step(4, 400, 4, 4, 0.0, 3 * before, False, captures, None), None)
     assert (width.costs.verify(4) == before) == captures
 
 
@@ -258,7 +258,7 @@ def test_steps_that_explore_tell_how_fast_the_machine_is():
     shape, rows = width.plan(Ahead(400, [1] * 4, [9] * 4, 0))
     assert shape.depth > 1, "it explores"
     drafted = Drafted(shape, rows, 4, chains([0.5] * 4))
-    width.spent(Step(4, 400, 8, 6, 0.1, 2 * before, 0.0, False, False, drafted), None)
+    width.spent(Step(4, 400, 8, 6, 0.1, 2 * before, False, False, drafted), None)
     assert 1.05 * before < width.costs.verify(8) < 2 * before
 
 
