@@ -23,7 +23,7 @@ from batchgen.record import Piece
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from batchgen.read import Columns
+    from batchgen.columns import Columns
     from batchgen.record import Row, Sampling, Shard
     from batchgen.store import Store
     from batchgen.write import Part

@@ -24,6 +24,7 @@ from batchgen.store import STATE_FOLDER, connect
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from batchgen.columns import Columns
     from batchgen.job import Job
     from batchgen.record import Row, Shard
     from batchgen.spec import Spec
@@ -142,7 +143,7 @@ def _screened(
     return facts
 
 
-def _told(table: pa.Table, conversations: Sequence[Sequence[Message]], columns: read.Columns) -> pa.Table:
+def _told(table: pa.Table, conversations: Sequence[Sequence[Message]], columns: Columns) -> pa.Table:
     """The table with these conversations in place of its own; of turns, without the answers that were left out."""
     if columns.messages is not None:
         return _with_lists(table, columns.messages, conversations)

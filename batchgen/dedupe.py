@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 
     import polars as pl
 
+    from batchgen.columns import Columns
     from batchgen.plan import File
-    from batchgen.read import Columns
     from batchgen.record import Row, Sampling
     from batchgen.store import Store
 

@@ -25,13 +25,13 @@ from batchgen import (
     ownership,
     plan,
     provenance,
-    read,
     record,
     report,
     status,
     write,
 )
 from batchgen.attempt import Task
+from batchgen.columns import Columns, check_columns
 from batchgen.errors import (
     AcceptanceError,
     DrainedError,
@@ -79,7 +79,7 @@ class Job:
     dtype: str
     plan: Plan
     kept: list[Any]
-    columns: read.Columns
+    columns: Columns
     sampling: record.Sampling
     again: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -182,7 +182,7 @@ def prepare(spec: Spec, *, weights: bool = True) -> Job:
         dtype=dtype,
     )
     made = plan.make(source, spec, fingerprint)
-    columns = read.Columns(
+    columns = Columns(
         messages=spec.input.messages,
         prompt=spec.input.prompt,
         turns=spec.input.turns,
@@ -192,7 +192,7 @@ def prepare(spec: Spec, *, weights: bool = True) -> Job:
         sampling=spec.input.sampling,
         root=plan.root(source, spec.input.path, made),
     )
-    kept = plan.kept_fields(made, lambda schema, file: read.check_columns(schema, columns, file))
+    kept = plan.kept_fields(made, lambda schema, file: check_columns(schema, columns, file))
     s = spec.sampling
     sampling = record.Sampling(
         temperature=s.temperature,

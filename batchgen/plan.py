@@ -131,7 +131,7 @@ def asked(said: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def kept_fields(plan: Plan, check: Callable[[pa.Schema, str], list[pa.Field]]) -> list[pa.Field]:
-    """The kept columns, which every file must have alike; `check` is `read.check_columns` bound to the job's columns.
+    """The kept columns, which every file must have alike; `check` is `check_columns` bound to the job's columns.
 
     Raises:
         InputError: a file lacks a column or has it with another type than the first file.

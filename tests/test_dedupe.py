@@ -19,19 +19,20 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchgen import dedupe, job, plan, read
+from batchgen import dedupe, job, plan
+from batchgen.columns import Columns
 from batchgen.errors import DrainedError, OutputConflictError
 from batchgen.record import Sampling, Shard
 from batchgen.spec import load
 from batchgen.store import connect
 
-COLUMNS = read.Columns(prompt="prompt", keep=("extra",))
+COLUMNS = Columns(prompt="prompt", keep=("extra",))
 
 
 def mark(
     folder: Path,
     names: list[str],
-    columns: read.Columns = COLUMNS,
+    columns: Columns = COLUMNS,
     kind: dedupe.Kind = "exact",
     sampling: Sampling = Sampling(),  # noqa: B008  # frozen
 ) -> dict[tuple[str, int], str]:
@@ -86,7 +87,7 @@ def test_all_but_the_first_of_equal_prompts_are_found(
 
 def test_other_sampling_is_another_question(tmp_path: Path) -> None:
     table(tmp_path, "a.parquet", ["x", "x", "x", None, None], warmth=[None, 0.5, 0.5, None, None])
-    columns = read.Columns(prompt="prompt", sampling={"temperature": "warmth"})
+    columns = Columns(prompt="prompt", sampling={"temperature": "warmth"})
     assert mark(tmp_path, ["a.parquet"], columns) == {("a.parquet", 2): "row 1 of a.parquet"}
 
 
@@ -311,7 +312,7 @@ def test_likeness_does_not_pass_along(tmp_path: Path) -> None:
     left_out = {row for _, row in found}
     assert 5 < len(left_out) < 29
     assert not {int(first.split()[1]) for first in found.values()} & left_out
-    columns = read.Columns(prompt="prompt", system="system")
+    columns = Columns(prompt="prompt", system="system")
     table(tmp_path, "b.parquet", chain, system=[f"You are assistant number {i}." for i in range(30)])
     assert mark(tmp_path, ["b.parquet"], columns, kind="near") == {}
     one = [f"Question {draw.random()}: {draw.getrandbits(200):x}" for _ in range(10)]

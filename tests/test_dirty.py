@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchgen import models, read, screen
+from batchgen.columns import Columns
 from batchgen.record import Row, Sampling, Shard
 from batchgen.render import Renderer
 from batchgen.store import connect
@@ -74,7 +75,7 @@ def renderer() -> Renderer:
 def rows(path: Path, renderer: Renderer) -> list[Row]:
     store = connect(str(path))
     shard = Shard(0, str(path), store.info(str(path)).version, 0, pq.read_metadata(path).num_rows, "f")
-    columns = read.Columns(messages="messages", id="id", keep=("defect", "detail"))
+    columns = Columns(messages="messages", id="id", keep=("defect", "detail"))
     return list(renderer.rows(screen.Screen().rows(read.Reader(store).rows(shard, columns, Sampling()))))
 
 

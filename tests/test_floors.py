@@ -16,7 +16,7 @@ FLOORS = [
     {"errors", "locate", "urls"},
     {"rules", "record", "filesystems", "hub", "models", "provenance", "speculation"},
     {"spec", "store"},
-    {"claim", "pii"},
+    {"claim", "columns", "pii"},
     {"plan", "read", "screen", "render", "generate", "journal", "write", "lease", "tally"},
     {"engines", "dedupe", "ownership"},
     {"acceptance", "attempt", "desk", "report", "status"},

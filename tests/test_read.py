@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchgen import read
+from batchgen.columns import Columns, check_columns
 from batchgen.errors import InputError
-from batchgen.read import Columns
 from batchgen.record import Row, Sampling, Shard
 from batchgen.store import Entry, Store, connect
 
@@ -156,9 +156,9 @@ def test_the_default_id_is_the_files_place_below_the_root(tmp_path: Path, root: 
 def test_a_kept_column_that_no_part_can_hold_is_refused_before_anything_runs(kind: pa.DataType) -> None:
     schema = pa.schema([("prompt", pa.string()), ("x", kind)])
     with pytest.raises(InputError, match=r"t\.parquet: column 'x' is .* drop it from input\.keep") as caught:
-        read.check_columns(schema, columns(keep=("x",)), "t.parquet")
+        check_columns(schema, columns(keep=("x",)), "t.parquet")
     assert "\n" not in str(caught.value)
-    assert read.check_columns(schema, columns(), "t.parquet") == []
+    assert check_columns(schema, columns(), "t.parquet") == []
 
 
 @pytest.mark.parametrize(
@@ -181,12 +181,12 @@ def test_a_kept_column_that_no_part_can_hold_is_refused_before_anything_runs(kin
 )
 def test_a_kept_column_that_makes_the_whole_way_is_taken(kind: pa.DataType) -> None:
     schema = pa.schema([("prompt", pa.string()), ("x", kind)])
-    assert read.check_columns(schema, columns(keep=("x",)), "t.parquet") == [schema.field("x")]
+    assert check_columns(schema, columns(keep=("x",)), "t.parquet") == [schema.field("x")]
 
 
 def test_kept_dictionaries_get_room_for_the_values_of_all_row_groups() -> None:
     schema = pa.schema([("prompt", pa.string()), ("x", pa.dictionary(pa.int8(), pa.string(), ordered=True))])
-    kept = read.check_columns(schema, columns(keep=("x",)), "t.parquet")
+    kept = check_columns(schema, columns(keep=("x",)), "t.parquet")
     assert kept == [pa.field("x", pa.dictionary(pa.int32(), pa.string(), ordered=True))]
 
 
@@ -298,7 +298,7 @@ KEPT = {
 def test_kept_values_make_the_same_table_again(tmp_path: Path) -> None:
     path = table(tmp_path, {"prompt": ["p", "q"], **KEPT})
     wanted = columns(keep=tuple(KEPT))
-    fields = read.check_columns(pq.read_schema(path), wanted, "t.parquet")
+    fields = check_columns(pq.read_schema(path), wanted, "t.parquet")
     assert [field.name for field in fields] == list(KEPT)
     assert all(not field.metadata for field in fields)
     again = pa.Table.from_pylist([row.kept for row in rows(path, wanted)], schema=pa.schema(fields))
@@ -413,7 +413,7 @@ def test_a_table_of_another_shape_is_refused_in_one_line(wanted: Columns, error:
     names = [("messages", MESSAGES), ("text", pa.string()), ("number", pa.int64()), ("ratio", pa.float64())]
     schema = pa.schema([*names, ("parts", parts), ("twice", pa.string()), ("twice", pa.string())])
     with pytest.raises(InputError) as caught:
-        read.check_columns(schema, wanted, "t.parquet")
+        check_columns(schema, wanted, "t.parquet")
     assert error in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -22,7 +22,8 @@ import polars as pl
 import pyarrow as pa
 from results import write
 
-from batchgen import dedupe, plan, read
+from batchgen import dedupe, plan
+from batchgen.columns import Columns
 from batchgen.record import Sampling
 from batchgen.store import connect
 
@@ -40,7 +41,7 @@ def table(path: Path, first: int, rows: int) -> None:
 def look(folder: Path, files: int, rows: int, kind: dedupe.Kind, facts: Any) -> None:
     """Put seconds, repetitions and the largest resident size into `facts`."""
     store = connect(str(folder))
-    columns = read.Columns(messages="messages")
+    columns = Columns(messages="messages")
     names = [str(folder / f"{i:04d}.parquet") for i in range(files)]
     found = [plan.File(name, store.info(name).version, rows // files, pa.schema([])) for name in names]
     began = time.perf_counter()

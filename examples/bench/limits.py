@@ -81,7 +81,7 @@ def followed(draft: Candidates, text: Sequence[int]) -> list[int]:
 
 
 def copied(tokens: Sequence[int], num_read: int) -> list[int]:
-    """How many of the tokens after each of a row's own, `num_read` on, are what is looked up there."""
+    """For each of a row's own tokens, `num_read` on, how many after it are what is looked up there."""
     known, found = list(tokens[:num_read]), []
     history = History(known)
     for place in range(num_read, len(tokens)):
@@ -92,7 +92,7 @@ def copied(tokens: Sequence[int], num_read: int) -> list[int]:
     return found
 
 
-def accepted(
+def steps_of(
     texts: list[list[list[int]]],
     depth: int,
     width: int,
@@ -143,7 +143,7 @@ def limits(
         return tokens / rows * plain / seconds(costs, rows, tokens, shape, context, going_on)
 
     def best(shape: Draft, looked_up: list[list[int]] | None = None) -> float:
-        levels, kept = accepted(texts, shape.depth, shape.width, looked_up=looked_up).T
+        levels, kept = steps_of(texts, shape.depth, shape.width, looked_up=looked_up).T
         # A level is drafted of whom it will be accepted.
         going_on = [float((levels >= level).mean()) for level in range(2, shape.depth + 1)]
         return ratio(float(kept.mean()), shape, going_on)
@@ -207,7 +207,7 @@ def main() -> None:
         texts.append([followed(draft, token_ids[i:]) for i, draft in enumerate(watch.drafts, 1)])
         watch.drafts.clear()
         looked_up.append(copied([*request.prompt_token_ids, *token_ids], len(request.prompt_token_ids)))
-    chains = {depth: accepted(texts, depth, 1, 1)[:, 1] for depth in range(1, WIDEST.depth + 1)}
+    chains = {depth: steps_of(texts, depth, 1, 1)[:, 1] for depth in range(1, WIDEST.depth + 1)}
     reached = [(chains[WIDEST.depth] >= depth).mean() for depth in range(WIDEST.depth + 1)]
     by_depth = [round(float(after / before), 3) for before, after in itertools.pairwise(reached) if before > 0]
     results: list[dict[str, object]] = [

@@ -31,7 +31,8 @@ def test_a_benchmark_runs_and_writes_what_it_found(script, tmp_path):
         reached, *by_rows, _ = results
         assert 0 < reached["acceptance_by_depth"][0] < 1
         assert all(1 <= each["oracle"] < each["perfect"] for each in by_rows)
-        assert all(each["copying"] >= 1 for each in by_rows)
+        # With lookups no step gives less, but those that give more read more as well.
+        assert all(each["copying"] > 0.95 * each["oracle"] for each in by_rows)
         return
     assert [each["mode"] for each in results] == ["plain", "chain-2", "auto"]
     assert all(each["tokens_per_s"] > 0 for each in results)

@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
-import os
-import random
-import subprocess
-import sys
-import time
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
 
-from batchgen import engines
 from batchgen.engines.torch.engine import TorchEngine
 from batchgen.engines.torch.forest import Candidates, Shape
 from batchgen.engines.torch.linear import FEW_NUMBERS
-from batchgen.engines.torch.measure import Clock, measure
 from batchgen.engines.torch.width import AutoTree, Drafted, FixedTree, Step, _Offer
 from batchgen.record import Request, Sampling, Stretch
 from batchgen.speculation.calibration import Calibration
-from batchgen.speculation.costs import Costs, Table, load_costs
+from batchgen.speculation.costs import Costs, Table
 from batchgen.speculation.lookup import LIKELY, OTHER, PRIOR, Found, Kept
 from batchgen.speculation.schedule import WARM_STEPS, Ahead
 
@@ -310,74 +302,6 @@ def test_nothing_is_drafted_where_a_node_costs_more_than_it_brings(bench, prompt
     assert drafting < 0.3 * all_steps, "but for the first steps, which explore"
 
 
-def test_costs_measured_here_rise_with_tokens(bench):
-    target = bench.target(torch.bfloat16)
-    measured, _ = measure(target, bench.engine(Shape(1, 1, 1), dtype=torch.bfloat16)._draft, 2)
-    assert 0 < measured.level(1) < measured.verify(1) < measured.verify(64)
-    assert measured.verify(8, context=4000) >= measured.verify(8)
-
-
-@pytest.mark.parametrize(("clean", "undisturbed"), [(2 / 3, True), (0, False)], ids=["now and then", "always"])
-def test_passes_that_another_process_disturbed_do_not_count(monkeypatch, clean, undisturbed):
-    waited, dice = [0.0], random.Random(0)
-
-    def run(num_ms):
-        time.sleep(num_ms / 1000)
-        if dice.random() >= clean:
-            time.sleep(0.01)
-            waited[0] += 0.01
-
-    monkeypatch.setattr("batchgen.engines.torch.measure.waited_s", lambda: waited[0])
-    clock = Clock()
-    seconds = clock.seconds(run, [(1,), (2,), (3,)], lambda: None)
-    assert clock.undisturbed is undisturbed
-    assert (max(seconds) < 0.01) is undisturbed
-
-
-def test_a_process_that_wants_the_same_core_is_noticed():
-    def run():
-        ends = time.process_time() + 0.03
-        while time.process_time() < ends:
-            pass
-
-    cores, clock = os.sched_getaffinity(0), Clock()
-    os.sched_setaffinity(0, {min(cores)})
-    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])  # on the same core
-    try:
-        clock.seconds(run, [()], lambda: None)
-    finally:
-        busy.kill()
-        busy.wait()
-        os.sched_setaffinity(0, cores)
-    assert not clock.undisturbed
-
-
-@pytest.mark.parametrize("undisturbed", [True, False])
-def test_costs_are_kept_if_nothing_disturbed_their_measurement(tmp_path, monkeypatch, undisturbed):
-    found = costs(a_node=0.001)
-    monkeypatch.setattr("batchgen.engines.torch.measure.measure", lambda *_: (found, undisturbed))
-    assert engines._costs(tmp_path, "key", None, None, 8) is found
-    assert (load_costs(tmp_path, "key") is not None) is undisturbed
-
-
-def test_measured_passes_are_like_those_of_steps(bench, monkeypatch):
-    """No tree is far wider than the others, and all rows catch up on their prompts together."""
-    target, draft, counts, read = bench.target(torch.float32), bench.engine(Shape(1, 1, 1))._draft, [], set()
-    layout, extend = target.layout, draft.extend
-    monkeypatch.setattr(target, "layout", lambda tiles, spans: counts.append(tiles.count_R) or layout(tiles, spans))
-
-    def extending(token_ids, *rest):
-        out = extend(token_ids, *rest)
-        read.add((len(token_ids), len(out)))
-        return out
-
-    monkeypatch.setattr(draft, "extend", extending)
-    measure(target, draft, 8)
-    assert {(512, 8), (1024, 8)} <= read
-    assert max(len(set(each.tolist())) for each in counts) > 2, "uneven ones are measured"
-    assert all(each.max() < 2 * math.ceil(each.mean()) for each in counts)
-
-
 def test_a_head_that_paused_drafts_as_if_it_had_not(bench):
     """After 5 and after 75 plain steps (more than a tile) the head has caught up on true features."""
     [asked] = sorted(bench.prompts("mt_bench", 20), key=len)[-1:]
@@ -405,58 +329,3 @@ def test_features_held_back_are_bounded(bench, prompts, monkeypatch):
     plain = bench.run(bench.engine(None), prompts[:4], Sampling(max_tokens=60))
     assert [c.token_ids for c in sorted(done, key=lambda c: c.key)] == [c.token_ids for c in plain]
     assert sum(c.acceptance.accepted_tokens for c in done) > 0
-
-
-def test_rows_that_gave_their_slot_up_resume_to_the_same_tokens(bench):
-    """Room for 16 slots of 256 tokens, a tree's margin included, or for 8 of 512: growing, some of ten must go."""
-    samplings = [Sampling(max_tokens=100), Sampling(max_tokens=100, temperature=0.8, top_p=0.95, seed=3)]
-    asked = sorted((p for p in bench.prompts("eagle_gsm8k", 80) if len(p) <= 128), key=len)[-5:]
-    expected = [c.token_ids for c in bench.run(bench.engine(None), asked, *samplings)]
-    bound = 3 * bench.engine(Shape(3, 2, 5), 10)._slots.num_bytes(8, 150)
-    engine = bench.engine(Shape(3, 2, 5), 10, memory_bytes=bound)
-    done = bench.run(engine, asked, *samplings)
-    assert engine._slots.num_preempted > 0
-    assert [c.token_ids for c in done] == expected
-
-
-def test_out_of_memory_means_smaller_batches_not_a_dead_job(bench, prompts, monkeypatch):
-    engine = bench.engine(Shape(2, 1, 2), 8)
-    forward = engine._target.forward
-
-    def small(token_ids, layout, pool):
-        if layout.tiles is not None and layout.tiles.blocks[-1].stop > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(token_ids, layout, pool)
-
-    monkeypatch.setattr(engine._target, "forward", small)
-    done = bench.run(engine, prompts[:8], GREEDY)
-    monkeypatch.undo()
-    assert [c.token_ids for c in done] == [c.token_ids for c in bench.run(bench.engine(None), prompts[:8], GREEDY)]
-
-
-def test_a_row_that_no_memory_holds_is_an_error_and_the_next_one_runs(bench, prompts, monkeypatch):
-    engine = bench.engine(None, 4)
-    forward, size = engine._target.forward, len(prompts[0])
-
-    def fails(token_ids, layout, pool):
-        if len(token_ids) > 2 * size:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(token_ids, layout, pool)
-
-    monkeypatch.setattr(engine._target, "forward", fails)
-    done = bench.run(engine, [prompts[0] * 3, prompts[0]], GREEDY)
-    assert done[0].error_type == "out_of_memory"
-    assert len(done[1].token_ids) > 0
-
-
-def test_rows_go_on_while_a_long_prompt_is_read(bench, prompts):
-    engine = bench.engine(Shape(2, 1, 2), 4, prefill_tokens=64)
-    engine.submit(Request(0, "0", 0, prompts[0], Sampling(max_tokens=60)))
-    while engine.reading:
-        engine.step()
-    engine.submit(Request(1, "1", 0, prompts[1] * 6, Sampling(max_tokens=4)))
-    reading = 0
-    while engine.unfinished == 2 and not engine.step() and engine.reading:
-        reading += 1
-    assert reading >= 5, "16 tokens of the prompt a step"
-    assert engine._rows[0].num_output > reading
