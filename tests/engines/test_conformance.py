@@ -72,6 +72,7 @@ class Vllm:
                     "speculation.tree=off",
                     "batch_size=4",
                     "engine.options.max_model_len=256",
+                    "engine.options.gpu_memory_utilization=0.2",  # another test process starts one, too
                 ],
             )
             target = models.fetch(job.model.target)
