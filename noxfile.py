@@ -1,4 +1,4 @@
-"""`nox` checks everything, in environments of its own: lint, types, tests, those on vLLM, and the wheel."""
+"""`nox` checks everything, in an environment of its own: lint, the wheel, types, tests, and those on vLLM."""
 
 from __future__ import annotations
 
@@ -12,8 +12,16 @@ import nox
 
 # Of 30,000 installed files a few thousand are imported; to compile the others takes minutes.
 os.environ["PIP_NO_COMPILE"] = "1"
-nox.options.sessions = ["lint", "tests", "vllm", "wheel"]
+nox.options.sessions = ["everything"]
 nox.options.error_on_external_run = True
+
+
+@nox.session
+def everything(session: nox.Session) -> None:
+    """The other sessions, in one environment that grows: what several of them need takes minutes to install."""
+    for part in (lint, wheel, tests, vllm):
+        session.log(f"{part.__name__}: {part.__doc__}")
+        part(session)
 
 
 @nox.session
@@ -22,6 +30,31 @@ def lint(session: nox.Session) -> None:
     session.install("ruff==0.17.6")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """Build the wheel, install it alone, and plan a job outside the checkout."""
+    checkout = Path.cwd()
+    with tempfile.TemporaryDirectory() as folder:
+        session.run("pip", "wheel", "-q", "--no-deps", "--wheel-dir", folder, ".")
+        [built] = Path(folder).glob("*.whl")
+        session.install(str(built))
+        session.chdir(folder)
+        where = "import batchgen, batchgen_kernels; print(batchgen.__file__, batchgen_kernels.__file__)"
+        found = session.run("python", "-c", where, silent=True) or ""
+        if str(checkout / "batchgen") in found or found.count("site-packages") != 2:
+            session.error(f"the wheel is not what runs: {found}")
+        spec = str(checkout / "jobs" / "quickstart.yaml")
+        prompts, head = checkout / "examples/prompts/quickstart.parquet", checkout / "examples/smollm2"
+        there = ["--set", f"input.path={prompts}", "--set", f"model.draft={head}", "--set", "output.path=out"]
+        session.run("batchgen", "validate", spec, *there)
+        planned = session.run("batchgen", "plan", spec, *there, "--json", silent=True) or ""
+        facts = json.loads(planned.splitlines()[-1])
+        if facts["rows_todo"] != 64 or len(facts["prompt_tokens"]) != 64:
+            session.error(f"expected 64 rows to do, found {planned}")
+        session.log(planned)
+        session.chdir(checkout)
 
 
 @nox.session
@@ -59,29 +92,3 @@ def vllm(session: nox.Session) -> None:
     # vLLM's imports warn, and what it leaves to the garbage collector does.
     on_vllm = ["tests/engines/vllm", "tests/engines/test_conformance.py", "-k", "vllm", "-W", "default"]
     session.run("pytest", *on_vllm, *chosen, env={"HF_HUB_OFFLINE": "1"})
-
-
-@nox.session
-def wheel(session: nox.Session) -> None:
-    """Build the wheel, install it alone, and plan a job outside the checkout."""
-    session.install("build")
-    checkout = Path.cwd()
-    with tempfile.TemporaryDirectory() as folder:
-        session.run("python", "-m", "build", "--wheel", "--outdir", folder, silent=True)
-        [built] = Path(folder).glob("*.whl")
-        session.install(str(built))
-        session.chdir(folder)
-        where = "import batchgen, batchgen_kernels; print(batchgen.__file__, batchgen_kernels.__file__)"
-        found = session.run("python", "-c", where, silent=True) or ""
-        if str(checkout / "batchgen") in found or found.count("site-packages") != 2:
-            session.error(f"the wheel is not what runs: {found}")
-        spec = str(checkout / "jobs" / "quickstart.yaml")
-        prompts, head = checkout / "examples/prompts/quickstart.parquet", checkout / "examples/smollm2"
-        there = ["--set", f"input.path={prompts}", "--set", f"model.draft={head}", "--set", "output.path=out"]
-        session.run("batchgen", "validate", spec, *there)
-        planned = session.run("batchgen", "plan", spec, *there, "--json", silent=True) or ""
-        facts = json.loads(planned.splitlines()[-1])
-        if facts["rows_todo"] != 64 or len(facts["prompt_tokens"]) != 64:
-            session.error(f"expected 64 rows to do, found {planned}")
-        session.log(planned)
-        session.chdir(checkout)

@@ -219,7 +219,7 @@ def submit(
     """Run what is left of the job and reconcile. `mix` allows parts of another fingerprint beside this job's.
 
     `retry_failed` does rows again that stand as errors in parts. `started` is called once all is found and planned,
-    `watch` after every engine step.
+    `watch` before the first engine step and after every one.
 
     Raises:
         LeaseHeldError, LeaseLostError: another run writes to the output folder, or took it over.

@@ -110,7 +110,7 @@ class Watcher:
             self._progress.start()
 
     def watch(self, tally: Tally) -> None:
-        """Called after every engine step."""
+        """Called before the first engine step and after every one."""
         if self._mode == "progress":
             self._progress.update(self._task, completed=min(tally.samples, self._total), facts=_facts(tally))
         elif time.monotonic() - self._last >= LOG_SECONDS:

@@ -109,7 +109,7 @@ class Worker:
     ) -> Tally:
         """Generate and commit `shards`, None among which means that there may be more later.
 
-        `watch` is called after every step; it may call `give` and `take_back`.
+        `watch` is called before the first step and after every one; it may call `give` and `take_back`.
 
         Raises:
             DrainedError: `draining` became true; everything finished is in the journals.
@@ -154,6 +154,7 @@ class Worker:
         exhausted, next_up = False, None
         store = self._task.sink
         before = self._task.source.retries + store.retries
+        watch(self.tally)  # from here on a signal drains: the first step may already end rows
         while not exhausted or self._engine.unfinished:
             if draining():
                 self._drain()

@@ -5,9 +5,13 @@ from __future__ import annotations
 import functools
 import json
 import os
+import select
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,24 +20,84 @@ if TYPE_CHECKING:
 
 
 @functools.cache
-def _zygote() -> subprocess.Popen[str]:
-    """It ends with its standard input, and so with this process."""
-    command = [sys.executable, str(Path(__file__).with_name("zygote.py"))]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def _zygote() -> tuple[socket.socket, subprocess.Popen[bytes]]:
+    """Where to ask it for a process, and itself; it ends with this one."""
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with its:
+        command = [sys.executable, str(Path(__file__).with_name("zygote.py")), str(its.fileno())]
+        return ours, subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[its.fileno()])
+
+
+class Process:
+    """A command that has begun: of `subprocess.Popen` what tests ask of it. Its output goes to two files or pipes."""
+
+    def __init__(self, arguments: tuple[str | Path, ...], stdout: int, stderr: int, cwd: Path | None = None) -> None:
+        answers, answer = os.pipe()
+        asked = {"arguments": [*map(str, arguments)], "cwd": str(cwd or Path.cwd()), "environment": dict(os.environ)}
+        socket.send_fds(_zygote()[0], [json.dumps(asked).encode()], [stdout, stderr, answer])
+        os.close(answer)
+        # Unbuffered, or `select` would know nothing of a code that was read together with the process id.
+        self._answers = os.fdopen(answers, "rb", buffering=0)
+        self.pid = int(self._answers.readline())
+        self.returncode: int | None = None
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit code, negative for a signal."""
+        if self.returncode is None:
+            if not select.select([self._answers], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired("batchgen", timeout or 0)
+            self.returncode = int(self._answers.readline())
+            self._answers.close()
+        return self.returncode
+
+    def poll(self) -> int | None:
+        """Its exit code, or none while it runs."""
+        if self.returncode is None and select.select([self._answers], [], [], 0)[0]:
+            self.wait()
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class Piped(Process):
+    """One whose output is read while it runs."""
+
+    def __init__(self, *arguments: str | Path) -> None:
+        (out, stdout), (err, stderr) = os.pipe(), os.pipe()
+        super().__init__(arguments, stdout, stderr)
+        os.close(stdout)
+        os.close(stderr)
+        self.stdout, self.stderr = os.fdopen(out), os.fdopen(err)
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """The rest of its output, when it has ended."""
+        said: dict[str, str] = {}
+
+        def read(name: str) -> None:
+            with getattr(self, name) as file:
+                said[name] = file.read()
+
+        readers = [threading.Thread(target=read, args=[name], daemon=True) for name in ("stdout", "stderr")]
+        for reader in readers:
+            reader.start()
+        self.wait(timeout)
+        for reader in readers:
+            reader.join(timeout)
+        return said["stdout"], said["stderr"]
 
 
 def batchgen(
     *arguments: str | Path, cwd: Path | None = None, began: Callable[[int], None] = lambda pid: None
 ) -> subprocess.CompletedProcess[str]:
     """What the command came to; `began` is called with its process id when it begins."""
-    process = _zygote()
-    assert process.stdin is not None
-    assert process.stdout is not None
-    words = [str(argument) for argument in arguments]
-    with tempfile.TemporaryDirectory() as folder:
-        said = {name: f"{folder}/{name}" for name in ("stdout", "stderr")}
-        asked = {"arguments": words, "cwd": str(cwd or Path.cwd()), "environment": dict(os.environ), **said}
-        print(json.dumps(asked), file=process.stdin, flush=True)
-        began(int(process.stdout.readline()))
-        code = int(process.stdout.readline())
-        return subprocess.CompletedProcess(words, code, *(Path(file).read_text() for file in said.values()))
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        process = Process(arguments, stdout.fileno(), stderr.fileno(), cwd)
+        began(process.pid)
+        code = process.wait()
+        said = [file.seek(0) or file.read() for file in (stdout, stderr)]
+        return subprocess.CompletedProcess([*arguments], code, *said)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 import pytest
 import yaml
-from commandline import batchgen
+from commandline import Piped, batchgen
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -179,13 +177,13 @@ def test_a_conversation_that_was_killed_begins_again(tmp_path):
     slow = {"kind": "rehearsal", "options": {"step_s": 0.05, "tokens_per_step": 16}}
     common = {"batch_size": 4, "checkpoint": {"journal_rows": 2, "lease_seconds": 2.0}}
     file = job_file(tmp_path, many, engine=slow, **common)
-    process = subprocess.Popen([sys.executable, "-m", "batchgen", "submit", str(file)])
+    process = Piped("submit", file)
     deadline = time.monotonic() + 60
     while len(list(tmp_path.glob("out/__batchgen/journal/*/seg-*"))) < 3:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.kill()
-    process.wait()
+    process.communicate()
     assert not list(tmp_path.glob("out/part-*"))
     rows = output(job_file(tmp_path, many, **common))
     other = tmp_path / "undisturbed"

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from commandline import batchgen
+from commandline import Piped, batchgen
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -110,13 +107,12 @@ def test_every_finished_row_has_transformers_hidden_states(finished, reference):
 
 
 def test_what_is_captured_is_left_alone_and_the_rest_is_done_after_a_kill(finished):
-    command = [sys.executable, "-m", "batchgen", "features", str(finished / "job.yaml")]
     folder = finished / "out/__batchgen/features"
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = Piped("features", finished / "job.yaml")
     while not list(folder.glob("*.safetensors")):
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.communicate()
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
     again = batchgen("features", finished / "job.yaml")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
+import signal
 import time
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from commandline import batchgen
+from commandline import Piped, batchgen
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -355,12 +354,10 @@ def test_rows_that_need_no_engine_are_journalled_and_drained_all_the_same(tmp_pa
     pl.concat([table] * 200_000).with_columns(id=pl.lit(None, pl.String)).write_parquet(tmp_path / "in.parquet")
     checkpoint = {"rows_per_part": 200_000, "journal_rows": 1000}
     job = job_file(tmp_path, **REHEARSAL, checkpoint=checkpoint, max_error_rate=1.0)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "batchgen", "submit", job], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = Piped("submit", job)
     while process.poll() is None and not list((tmp_path / "out").rglob("seg-*")):
         time.sleep(0.01)
-    process.terminate()
+    process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
     assert process.returncode == 75, "segments come before the end, and so does the drain"
 

@@ -17,7 +17,7 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from commandline import batchgen
+from commandline import Piped, batchgen
 
 from batchgen import spec
 from batchgen.job import progress
@@ -67,22 +67,12 @@ def edited(job: Path, section: str, **changes) -> Path:
     return job
 
 
-def start(*arguments: str | Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "batchgen", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def rows(output: Path) -> list[dict]:
     return pl.read_parquet(output / "*.parquet").sort("row_id").to_dicts()
 
 
-def wait_until_ready(process: subprocess.Popen[str]) -> None:
+def wait_until_ready(process: Piped) -> None:
     """Until the job says that it is planned; what follows is loading and generating."""
-    assert process.stderr is not None
     for line in process.stderr:
         if "rows to do" in line:
             return
@@ -102,9 +92,9 @@ def test_ten_kills_lose_no_row_double_none_and_change_no_text(tmp_path):
     job = job_file(killed, input=source)
     rng, journalled = random.Random(11), 0
     for kill in range(KILLS):
-        process = start("submit", job, "--log", "plain")
+        process = Piped("submit", job, "--log", "plain")
         wait_until_ready(process)
-        time.sleep(rng.uniform(1.0, 7.0))
+        time.sleep(rng.uniform(1.0, 5.0))
         process.kill()
         process.communicate()
         found = progress(spec.load(job))
@@ -163,7 +153,7 @@ def test_a_second_submit_does_nothing_and_takes_seconds(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains_and_the_next_submit_goes_on(tmp_path, number):
     job = rehearsal(tmp_path, rows=60, step_s=0.1, tokens_per_step=64)
-    process = start("submit", job, "--log", "plain")
+    process = Piped("submit", job, "--log", "plain")
     wait_until_ready(process)
     while not list((tmp_path / "out").rglob("seg-*")):
         assert process.poll() is None
@@ -182,7 +172,7 @@ def test_a_signal_drains_and_the_next_submit_goes_on(tmp_path, number):
 
 def test_a_signal_while_the_model_loads_ends_it_at_once(tmp_path):
     job = job_file(tmp_path)
-    process = start("submit", job, "--log", "plain")
+    process = Piped("submit", job, "--log", "plain")
     wait_until_ready(process)
     time.sleep(0.2)  # the weights are being read
     process.send_signal(signal.SIGTERM)
@@ -195,7 +185,7 @@ def test_a_signal_while_the_model_loads_ends_it_at_once(tmp_path):
 
 def test_of_two_submits_at_once_one_runs_and_the_other_says_who(tmp_path):
     job = rehearsal(tmp_path, rows=60, step_s=0.2)
-    first = start("submit", job, "--log", "plain")
+    first = Piped("submit", job, "--log", "plain")
     wait_until_ready(first)
     began = time.monotonic()
     second = batchgen("submit", job)
@@ -209,7 +199,7 @@ def test_of_two_submits_at_once_one_runs_and_the_other_says_who(tmp_path):
 
 def test_who_is_stopped_past_its_lease_changes_nothing_when_it_wakes(tmp_path):
     job = edited(rehearsal(tmp_path, rows=60, step_s=0.2), "checkpoint", lease_seconds=2)
-    zombie = start("submit", job, "--log", "plain")
+    zombie = Piped("submit", job, "--log", "plain")
     while not list((tmp_path / "out").rglob("seg-*")):
         time.sleep(0.05)
     zombie.send_signal(signal.SIGSTOP)
@@ -267,7 +257,7 @@ def test_a_kill_while_failed_rows_are_done_again_costs_none(tmp_path):
     assert batchgen("submit", job).returncode == 1
     edited(job, "engine", options={"step_s": 0.02, "tokens_per_step": 8})
     for _ in range(KILLS):
-        process = start("submit", job, "--retry-failed", "--log", "plain")
+        process = Piped("submit", job, "--retry-failed", "--log", "plain")
         wait_until_ready(process)
         time.sleep(rng.uniform(0, 0.5))
         process.kill()
@@ -282,7 +272,7 @@ def test_a_kill_while_failed_rows_are_done_again_costs_none(tmp_path):
 def test_gc_removes_what_no_submit_will_use(tmp_path):
     """The journals of shards whose input changed meanwhile, and a file that a writer began long ago."""
     job = rehearsal(tmp_path, rows=90, step_s=0.1)
-    process = start("submit", job)
+    process = Piped("submit", job)
     while not list((tmp_path / "out").rglob("seg-*")):
         time.sleep(0.05)
     process.kill()
@@ -305,7 +295,7 @@ def test_gc_removes_what_no_submit_will_use(tmp_path):
 def test_rows_of_an_input_that_changed_while_it_was_read_are_not_kept(tmp_path):
     """What is put back may have the old version again; what was read meanwhile is of unknown bytes."""
     job = rehearsal(tmp_path, rows=90, step_s=0.1)
-    process = start("submit", job)
+    process = Piped("submit", job)
     while not list((tmp_path / "out").rglob("seg-*")):
         time.sleep(0.05)
     (tmp_path / "prompts.parquet").touch()
@@ -320,7 +310,7 @@ def test_gc_removes_the_journal_of_an_input_that_is_gone_and_of_a_second_try_tha
     job = rehearsal(tmp_path, rows=90, fail=["*"])
     assert batchgen("submit", job).returncode == 1
     edited(job, "engine", options={"step_s": 0.05})
-    process = start("submit", job, "--retry-failed")
+    process = Piped("submit", job, "--retry-failed")
     while not list((tmp_path / "out").rglob("seg-*")):
         time.sleep(0.02)
     process.kill()
@@ -334,7 +324,7 @@ def test_gc_removes_the_journal_of_an_input_that_is_gone_and_of_a_second_try_tha
     source = tmp_path / "prompts.parquet"
     elsewhere = tmp_path / "other.parquet"
     pl.read_parquet(source).with_columns(pl.col("id") + "-other").write_parquet(elsewhere)
-    process = start("submit", job, "--set", f"input.path={elsewhere}")
+    process = Piped("submit", job, "--set", f"input.path={elsewhere}")
     while not list((tmp_path / "out").rglob("seg-*")):
         time.sleep(0.02)
     process.kill()

@@ -1,6 +1,7 @@
-"""Runs the command line in forks of one process that has imported all; asked by `commandline`, a JSON object a line.
+"""Runs the command line in forks of one process that has imported all, as `commandline` asks for them.
 
-Answers with the fork's process id when it begins and with its exit code, negative for a signal, when it has ended.
+A message is a JSON object and comes with the descriptors of the fork's output, of its errors and of the answer: the
+fork's process id when it has begun and its exit code, negative for a signal, when it has ended.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import gc
 import importlib
 import json
 import os
+import signal
+import socket
 import sys
 import traceback
 from typing import Any
@@ -29,10 +32,11 @@ filesystems.gcs()
 gc.freeze()  # or the forks' collections would write to, and so copy, all of it
 
 
-def run(asked: dict[str, Any]) -> int:
+def run(asked: dict[str, Any], stdout: int, stderr: int) -> int:
     """The exit code of the command line."""
-    for number, name in ((0, os.devnull), (1, asked["stdout"]), (2, asked["stderr"])):
-        os.dup2(os.open(name, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    for number, descriptor in enumerate((os.open(os.devnull, os.O_RDONLY), stdout, stderr)):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
     os.environ.clear()
     os.environ.update(asked["environment"])
     os.chdir(asked["cwd"])
@@ -48,10 +52,24 @@ def run(asked: dict[str, Any]) -> int:
     return code
 
 
-for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        # Without taking all that was imported apart, which takes a second.
-        os._exit(run(json.loads(line)))
-    os.write(1, f"{child}\n".encode())
-    os.write(1, f"{os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}\n".encode())
+asking = socket.socket(fileno=int(sys.argv[1]))
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those who wait
+while True:
+    message, descriptors, *_ = socket.recv_fds(asking, 1 << 20, 3)
+    if not message:
+        break
+    stdout, stderr, answer = descriptors
+    if os.fork() == 0:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        asking.close()
+        if (child := os.fork()) == 0:
+            os.close(answer)
+            # Without taking all that was imported apart, which takes a second.
+            os._exit(run(json.loads(message), stdout, stderr))
+        os.close(stdout)
+        os.close(stderr)
+        os.write(answer, f"{child}\n".encode())
+        os.write(answer, f"{os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}\n".encode())
+        os._exit(0)
+    for descriptor in descriptors:
+        os.close(descriptor)
