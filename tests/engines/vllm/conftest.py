@@ -75,8 +75,8 @@ def vllm(demo: Demo) -> Any:
     options = (
         "gpu_memory_utilization=0.2",
         "max_num_batched_tokens=64",
-        "max_model_len=2048",
-        "num_gpu_blocks_override=2250",
+        "max_model_len=1024",
+        "num_gpu_blocks_override=1150",
     )
     engine = demo.engine("vllm", "batch_size=8", *(f"engine.options.{option}" for option in options))
     yield engine

@@ -45,7 +45,7 @@ def test_each_rows_counts_sum_to_vllms_own(vllm, demo):
     before = counters(vllm)
     done = [*run(vllm, demo.prompts(16), GREEDY, HOT, stops).values()]
     longest = sorted(demo.prompts(80, "eagle_humaneval"), key=len)[-8:]
-    done += run(vllm, longest, Sampling(max_tokens=256)).values()
+    done += run(vllm, longest, Sampling(max_tokens=160)).values()
     after = counters(vllm)
     rows = [c.acceptance for c in done]
     sums = [sum(getattr(row, name) for row in rows) for name in ("draft_steps", "draft_tokens", "accepted_tokens")]
@@ -119,7 +119,7 @@ def test_a_prompt_that_does_not_fit_is_an_error_and_the_next_one_runs(vllm, demo
     [prompt] = demo.prompts(1)
     done = run(vllm, [prompt * 40, prompt], GREEDY)
     assert done[0, 0, 0].finish_reason == "error"
-    assert "2048" in done[0, 0, 0].error
+    assert "1024" in done[0, 0, 0].error
     assert len(done[0, 1, 0].token_ids) == 24
 
 
