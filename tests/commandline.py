@@ -13,10 +13,11 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 
 @functools.cache
@@ -31,9 +32,17 @@ def _zygote() -> tuple[socket.socket, subprocess.Popen[bytes]]:
 class Process:
     """A command that has begun: of `subprocess.Popen` what tests ask of it. Its output goes to two files or pipes."""
 
-    def __init__(self, arguments: tuple[str | Path, ...], stdout: int, stderr: int, cwd: Path | None = None) -> None:
+    def __init__(
+        self,
+        arguments: tuple[str | Path, ...],
+        stdout: int,
+        stderr: int,
+        cwd: Path | None = None,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         answers, answer = os.pipe()
-        asked = {"arguments": [*map(str, arguments)], "cwd": str(cwd or Path.cwd()), "environment": dict(os.environ)}
+        where = {"cwd": str(cwd or Path.cwd()), "environment": {**os.environ, **environment}}
+        asked = {"arguments": [*map(str, arguments)], **where}
         socket.send_fds(_zygote()[0], [json.dumps(asked).encode()], [stdout, stderr, answer])
         os.close(answer)
         # Unbuffered, or `select` would know nothing of a code that was read together with the process id.
@@ -65,14 +74,23 @@ class Process:
 
 
 class Piped(Process):
-    """One whose output is read while it runs."""
+    """One whose output is read while it runs; as a context it does not outlive its block."""
 
-    def __init__(self, *arguments: str | Path) -> None:
+    def __init__(self, *arguments: str | Path, **environment: str) -> None:
         (out, stdout), (err, stderr) = os.pipe(), os.pipe()
-        super().__init__(arguments, stdout, stderr)
+        super().__init__(arguments, stdout, stderr, environment=environment)
         os.close(stdout)
         os.close(stderr)
         self.stdout, self.stderr = os.fdopen(out), os.fdopen(err)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.kill()
+        self.wait()
+        self.stdout.close()
+        self.stderr.close()
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """The rest of its output, when it has ended."""
@@ -92,11 +110,14 @@ class Piped(Process):
 
 
 def batchgen(
-    *arguments: str | Path, cwd: Path | None = None, began: Callable[[int], None] = lambda pid: None
+    *arguments: str | Path,
+    cwd: Path | None = None,
+    began: Callable[[int], None] = lambda pid: None,
+    **environment: str,
 ) -> subprocess.CompletedProcess[str]:
     """What the command came to; `began` is called with its process id when it begins."""
     with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
-        process = Process(arguments, stdout.fileno(), stderr.fileno(), cwd)
+        process = Process(arguments, stdout.fileno(), stderr.fileno(), cwd, environment)
         began(process.pid)
         code = process.wait()
         said = [file.seek(0) or file.read() for file in (stdout, stderr)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import polars as pl
 import psutil
 import pytest
 import yaml
+from commandline import Piped, batchgen
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,24 +48,16 @@ def job_file(folder: Path, rows: int = 120, *, name: str = "job", **changes: Any
 
 
 def submit(job: Path, *more: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "batchgen", "submit", str(job), *more]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
+    return batchgen("submit", job, *more, **environment)
 
 
-@contextlib.contextmanager
-def started(job: Path, *more: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+def started(job: Path, *more: str, **environment: str) -> Piped:
     """A submit that has just begun."""
-    command = [sys.executable, "-m", "batchgen", "submit", str(job), *more]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, **pipes, text=True, env=os.environ | environment) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+    return Piped("submit", job, *more, **environment)
 
 
 @contextlib.contextmanager
-def submitted(job: Path, *more: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+def submitted(job: Path, *more: str, **environment: str) -> Iterator[Piped]:
     """A submit under way, once its first rows are in the journal."""
     with started(job, *more, **environment) as process:
         deadline = time.monotonic() + 180
@@ -76,7 +68,7 @@ def submitted(job: Path, *more: str, **environment: str) -> Iterator[subprocess.
         yield process
 
 
-def actors(driver: subprocess.Popen[str]) -> list[psutil.Process]:
+def actors(driver: Piped) -> list[psutil.Process]:
     """The processes of the workers that have one."""
     found = []
     for child in psutil.Process(driver.pid).children(recursive=True):
