@@ -15,7 +15,7 @@ RUNS = {
     "speculation.py": ["--rows", "4", "--prompts", "4", "--max-tokens", "6", "--learning", "0", *MODES],
     "drained.py": ["--rows", "2", "--batch-size", "2", *MODES],
     "shape.py": ["--shape", "tiny", "--device", "cpu", "--rows", "2", "--context", "8", "--max-tokens", "12", *MODES],
-    "limits.py": ["--rows", "1,2", "--prompts", "3", "--max-tokens", "12"],
+    "limits.py": ["--rows", "2", "--prompts", "3", "--max-tokens", "12"],
 }
 
 
