@@ -20,7 +20,7 @@ import yaml
 from commandline import Piped, batchgen
 
 from batchgen import spec
-from batchgen.job import progress
+from batchgen.job import progress, submit
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ROOT / "examples/prompts/quickstart.parquet"
@@ -168,6 +168,13 @@ def test_a_signal_drains_and_the_next_submit_goes_on(tmp_path, number):
     assert last.returncode == 0
     assert "taken over from journals" in last.stdout
     assert len(rows(tmp_path / "out")) == 60
+
+
+def test_who_watches_a_job_hears_of_it_before_a_row_ends(tmp_path):
+    """From then on a signal drains, and the first step may end rows."""
+    seen = []
+    submit(spec.load(rehearsal(tmp_path, rows=12, tokens_per_step=64)), watch=lambda tally: seen.append(tally.samples))
+    assert seen[0] == 0 < seen[1]
 
 
 def test_a_signal_while_the_model_loads_ends_it_at_once(tmp_path):

@@ -97,7 +97,7 @@ def plain(checkpoints):
 
 @pytest.fixture(scope="module")
 def tree(device, checkpoints):
-    """Tokens of a wide tree through kernels, and how many were drafted."""
+    """Tokens of a wide tree through kernels, and how many of them were drafted."""
     return decode(checkpoints, device, Shape(3, 4, 14))
 
 
