@@ -61,7 +61,7 @@ class Watcher:
         if mode == "auto":
             mode = "progress" if self._console.is_terminal else "plain"
         self._mode = mode
-        self._last = time.monotonic()
+        self._last: float | None = None
         self._total = 0
         self._progress = Progress(
             SpinnerColumn(),
@@ -113,6 +113,8 @@ class Watcher:
         """Called before the first engine step and after every one."""
         if self._mode == "progress":
             self._progress.update(self._task, completed=min(tally.samples, self._total), facts=_facts(tally))
+        elif self._last is None:
+            self._last = time.monotonic()  # an engine that has made no step has nothing to tell
         elif time.monotonic() - self._last >= LOG_SECONDS:
             self._last = time.monotonic()
             numbers = dataclasses.asdict(tally) | {"total": self._total, "tokens_per_s": tally.tokens_per_s}
