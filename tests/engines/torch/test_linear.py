@@ -10,17 +10,18 @@ from batchgen.engines.torch.linear import Weight, compute_dtype, multiplies_bflo
 
 SHAPES = ((3, 64), (1, 64), (0, 64), (2, 5, 64))
 # Without such instructions bfloat16 is never packed as it is.
-NATIVE = pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not native_bfloat16(), reason="needs AVX-512 or AMX"))
+needs_native = pytest.mark.skipif(not native_bfloat16(), reason="needs AVX-512 or AMX")
+NATIVE = pytest.param(torch.bfloat16, True, marks=needs_native)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, NATIVE])
+@pytest.mark.parametrize(("dtype", "two_bytes"), [(torch.float32, True), (torch.float32, False), NATIVE])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("outputs", [1, 7, 96])
-def test_packed_products_are_those_of_the_numbers_that_were_packed(dtype, bias, outputs):
+@pytest.mark.parametrize("outputs", [1, 7, 96, 20_000])
+def test_packed_products_are_those_of_the_numbers_that_were_packed(dtype, two_bytes, bias, outputs):
     torch.manual_seed(0)
     weight = torch.randn(outputs, 64).bfloat16()
     b = torch.randn(outputs).bfloat16() if bias else None
-    packed = Weight(weight.to(dtype), None if b is None else b.to(dtype), two_bytes=True)
+    packed = Weight(weight.to(dtype), None if b is None else b.to(dtype), two_bytes=two_bytes)
     inputs = [torch.randn(shape) for shape in SHAPES]
     inputs += [torch.randn(64, 6).t(), torch.randn(5, 128)[:, ::2], torch.randn(5, 128)[:, :64]]
     for x in inputs:
