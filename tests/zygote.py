@@ -7,6 +7,7 @@ fork's process id when it has begun and its exit code, negative for a signal, wh
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import importlib
 import json
@@ -23,11 +24,13 @@ from batchgen import cli, filesystems
 for name in (
     *("acceptance", "clean", "dedupe", "export", "features", "job", "pii", "report", "terminal"),
     *("engines.rehearsal", "engines.torch.capture", "engines.torch.draft", "engines.torch.engine"),
-    "engines.torch.width",
+    *("engines.torch.width", "spec", "survey"),
 ):
     importlib.import_module(f"batchgen.{name}")
-for name in ("polars", "pyarrow.parquet", "transformers.models.llama.modeling_llama"):
+for name in ("polars", "pyarrow.dataset", "pyarrow.parquet", "transformers.models.llama.modeling_llama"):
     importlib.import_module(name)
+with contextlib.suppress(ImportError):
+    importlib.import_module("pandas")  # pyarrow looks for it when it makes its first array
 filesystems.gcs()
 gc.freeze()  # or the forks' collections would write to, and so copy, all of it
 

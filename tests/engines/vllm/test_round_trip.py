@@ -114,7 +114,7 @@ def test_a_head_is_trained_on_a_jobs_rows_and_drafts_on_both_engines(tmp_path):
     def train(to: str, *options: str) -> list[float]:
         said = run("examples/train_head/train.py", "--target", "demo:smollm2-135m", "--data", tmp_path / "even",
                    tmp_path / "odd", "--to", tmp_path / to, *options, "--total-seq-len=384", "--log-freq=1",
-                   "--ttt-steps=2")  # fmt: skip
+                   "--ttt-steps=2", "--num-workers=0")  # fmt: skip
         return [float(loss) for loss in re.findall(r"train/loss=([\d.]+)", said)]
 
     losses = train("first", "--vocab", "2048", "--", "--epochs=1")
