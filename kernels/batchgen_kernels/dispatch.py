@@ -58,4 +58,4 @@ def with_kernel(module: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 def wide(x: torch.Tensor) -> torch.Tensor:
     """`x` in the dtype that references compute in: float32, or float64 where it is that already."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()

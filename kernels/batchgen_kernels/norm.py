@@ -18,8 +18,7 @@ def rms_norm_reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What `rms_norm` computes."""
     summed = x_NH if residual_NH is None else x_NH + residual_NH
-    w = wide(summed)
-    return weight_H * (w * torch.rsqrt(w.square().mean(-1, keepdim=True) + eps)).to(x_NH.dtype), summed
+    return weight_H * torch.rms_norm(wide(summed), weight_H.shape, None, eps).to(x_NH.dtype), summed
 
 
 def rms_norm(

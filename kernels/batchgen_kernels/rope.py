@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     import torch
 
 
+def signed(sin_ND: torch.Tensor) -> torch.Tensor:
+    """Sines as `rope_and_store` takes them, once for all layers: their first half negated, in place."""
+    sin_ND[..., : sin_ND.shape[-1] // 2].neg_()
+    return sin_ND
+
+
 @with_kernel("triton_rope")
 def rope_and_store(
     qkv: torch.Tensor,
@@ -31,18 +37,15 @@ def rope_and_store(
     """Write rotated keys, and values, to [slot, :, position] of the pools in place; return rotated queries [N, H, D].
 
     qkv: [N, (H + 2K) * D] contiguous, in the pools' dtype: query heads, then key heads, then value heads
-    cos_ND, sin_ND: contiguous, rounded to that dtype if they are wider
+    cos_ND, sin_ND: contiguous, rounded to that dtype if they are wider; sines are `signed`
     slot_N: int64; a token of negative slot is padding and is stored nowhere (its query is computed all the same)
     position_N: int64 places in the pool, which need not be rotary positions; no two tokens share slot and position
     """
     num_kv, head_dim = k_SKLD.shape[1], k_SKLD.shape[3]
     heads = qkv.view(qkv.shape[0], num_heads + 2 * num_kv, head_dim)
     qk, v = heads[:, : num_heads + num_kv], heads[:, num_heads + num_kv :]
-    half = head_dim // 2
-    cos, sin = cos_ND.to(qkv.dtype)[:, None], sin_ND.to(qkv.dtype)[:, None]
-    rotated = qk * cos
-    rotated[..., :half] -= qk[..., half:] * sin[..., :half]
-    rotated[..., half:] += qk[..., :half] * sin[..., half:]
+    rotated = qk * cos_ND.to(qkv.dtype)[:, None]
+    rotated += qk.roll(head_dim // 2, -1) * sin_ND.to(qkv.dtype)[:, None]
     queries, k = rotated[:, :num_heads], rotated[:, num_heads:]
     if len(slot_N) and int(slot_N.min()) < 0:
         real = slot_N >= 0

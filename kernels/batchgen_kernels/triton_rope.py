@@ -19,7 +19,7 @@ def _rotated(x, other, cos, sin, dtype: tl.constexpr):
 def rope_and_store_kernel(
     qkv,  # in [N, num_heads + 2 * num_kv, 2 * HALF] contiguous
     cos,  # in [N, 2 * HALF] contiguous
-    sin,  # in [N, 2 * HALF] contiguous
+    sin,  # in [N, 2 * HALF] contiguous, the first half negated
     q,  # out [N, num_heads, 2 * HALF] contiguous
     k,  # out, in place: one layer's pool, strides below, head columns contiguous
     v,  # out, in place: likewise, the same strides
@@ -52,7 +52,7 @@ def rope_and_store_kernel(
     sin_high = tl.load(sin + at + HALF, mask=real_low, other=0.0).to(dtype).to(tl.float32)[None, :]
     wide_low = x_low.to(tl.float32)
     wide_high = x_high.to(tl.float32)
-    out_low = _rotated(wide_low, -wide_high, cos_low, sin_low, dtype)
+    out_low = _rotated(wide_low, wide_high, cos_low, sin_low, dtype)
     out_high = _rotated(wide_high, wide_low, cos_high, sin_high, dtype)
 
     is_query = (head < num_heads)[:, None] & inside

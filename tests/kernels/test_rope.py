@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from batchgen_kernels.rope import rope_and_store
+from batchgen_kernels.rope import rope_and_store, signed
 
 NAN = float("nan")
 
@@ -42,6 +42,7 @@ def test_the_kernel_computes_the_reference(device, num_tokens, heads, dtype, see
     g = torch.Generator().manual_seed(seed)
     qkv = torch.randn(num_tokens, (num_heads + 2 * num_kv) * head_dim, generator=g).to(device, dtype)
     cos, sin = (t.to(device, dtype) for t in rotary(num_tokens, head_dim, g))
+    signed(sin)
     slot, position = (t.to(device) for t in places(num_tokens, 3, 20, g))
     k, v, _ = pools(3, num_kv, 20, head_dim, dtype, device)
     k2, v2, _ = pools(3, num_kv, 20, head_dim, dtype, device)
@@ -76,7 +77,7 @@ def test_the_reference_is_transformers(dtype):
     k_pool, v_pool, _ = pools(6, 2, 1, 64, dtype, torch.device("cpu"))
     slot, position = torch.arange(6), torch.zeros(6, dtype=torch.int64)
     qkv = torch.cat((q, k, v), 1).view(6, -1)
-    ours = rope_and_store.__wrapped__(qkv, cos, sin, k_pool, v_pool, slot, position, 8)
+    ours = rope_and_store.__wrapped__(qkv, cos, signed(sin.clone()), k_pool, v_pool, slot, position, 8)
     theirs = apply_rotary_pos_emb(q, k, cos, sin)
     assert torch.equal(ours, theirs[0])
     assert torch.equal(k_pool[:, :, 0], theirs[1])

@@ -12,7 +12,7 @@ import torch
 
 from batchgen.engines.torch.linear import Weight
 from batchgen_kernels.norm import rms_norm
-from batchgen_kernels.rope import rope_and_store
+from batchgen_kernels.rope import rope_and_store, signed
 from batchgen_kernels.swiglu import swiglu
 from batchgen_kernels.tree_attention import tree_attention
 
@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 _LAYER_PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 _ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+
+
+def angles(rotary: Any, x: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and `signed` sines [N, D] of a pass's positions, from a transformers rotary embedding, as wide as `x`."""
+    cos, sin = rotary(x[None], layout.position_N[None])
+    return cos[0], signed(sin[0])
 
 
 class Norm:
@@ -123,8 +129,7 @@ class Decoder:
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Final hidden states [N, H] after the last norm, and the residual stream after each layer of `capture`."""
         x = self._embedding[token_ids]
-        cos, sin = self._rotary(x[None], layout.position_N[None])
-        rotary = (cos[0], sin[0])
+        rotary = angles(self._rotary, x, layout)
         captured = {0: x} if 0 in capture else {}
         normed, residual = self._layers[0][0](x)
         for i, (_, attention, after, mlp) in enumerate(self._layers, 1):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from batchgen.engines.torch.decoder import Attention, Mlp, Norm
+from batchgen.engines.torch.decoder import Attention, Mlp, Norm, angles
 from batchgen.engines.torch.kvcache import Pool
 from batchgen.engines.torch.layout import Heads, Layout, Tiles, upload
 from batchgen.engines.torch.linear import Weight
@@ -115,8 +115,7 @@ class Draft:
 
         `hidden` is a fused feature where the target has seen the slot, and the parent's output state in a tree.
         """
-        cos, sin = self._rotary(hidden[None], layout.position_N[None])
-        rotary = (cos[0], sin[0])
+        rotary = angles(self._rotary, hidden, layout)
         normed = self._hidden_norm(hidden)[0]
         y = normed if self.config.norm_before_residual else hidden
         x = torch.cat([self._layers[0][0](self.embedding[token_ids])[0], normed], -1)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import linear
@@ -27,7 +27,7 @@ from batchgen.engines import native_bfloat16, tiled_bfloat16
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    Product = Callable[[torch.Tensor], torch.Tensor]
+    Product = Callable[..., torch.Tensor]
 
 FLOAT16_MAX = 65504.0
 # Numbers of tokens that products in bfloat16 on a CPU had better be of, where there is a choice. For each new number
@@ -94,16 +94,17 @@ def _packed(weight: torch.Tensor, bias: torch.Tensor | None, *, two_bytes: bool)
 def _onednn(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
     # The operators that torch.compile calls on frozen weights: `linear` would rearrange a weight in every call.
     packed = torch.ops.mkldnn._reorder_linear_weight(weight)  # noqa: SLF001
+    multiply = _bare(torch.ops.mkldnn._linear_pointwise.default)  # noqa: SLF001
 
     def product(x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")  # noqa: SLF001
+        y: torch.Tensor = multiply(x, packed, bias, "none", [], "")
         return y
 
     return product
 
 
 def _fbgemm(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
-    multiply = torch.ops.quantized.linear_dynamic_fp16
+    multiply = _bare(torch.ops.quantized.linear_dynamic_fp16.default)
     num = -(-len(weight) // _MOST_OUTPUTS)
     biases = bias.tensor_split(num) if bias is not None else [None] * num
     parts = [
@@ -116,6 +117,12 @@ def _fbgemm(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
         return y
 
     return product
+
+
+def _bare(operator: Any) -> Product:
+    """The operator without what looks at its arguments first, 12 us of 47 for the smallest product on a Zen 3 core."""
+    found: Product = operator._op  # noqa: SLF001
+    return found
 
 
 def _has_fbgemm() -> bool:
