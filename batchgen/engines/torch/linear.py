@@ -88,7 +88,8 @@ def _packed(weight: torch.Tensor, bias: torch.Tensor | None, *, two_bytes: bool)
         return None
     if two_bytes and weight.dtype is torch.float32 and _has_fbgemm() and float(weight.abs().max()) <= FLOAT16_MAX:
         return _fbgemm(weight, bias)
-    packs = torch.backends.mkldnn.is_available() and weight.dtype in (torch.bfloat16, torch.float32)
+    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    packs = has_onednn and weight.dtype in (torch.bfloat16, torch.float32)
     return _onednn(weight, bias) if packs else None
 
 
