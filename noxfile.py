@@ -88,11 +88,7 @@ def vllm(session: nox.Session) -> None:
     session.run("pip", "uninstall", "-q", "-y", "torchvision", "torchaudio", "torchcodec")
     # Without its dependencies, which bring the three back; what it needs of them is here.
     session.install("--no-deps", "speculators==0.9.0", "hs-connectors==0.9.0", "loguru==0.7.3")
-    long = "tests/engines/vllm/test_round_trip.py"  # one test after the other, on all cores
-    rest = ["tests/engines/vllm", "tests/engines/test_conformance.py", f"--ignore={long}", "-n", "2", "--dist=loadfile"]
-    for chosen in ([long], rest):
-        # vLLM's imports warn, and what it leaves to the garbage collector does.
-        how = ["-k", "vllm", "-W", "default", *(session.posargs or ["-m", "not slow"])]
-        # 5: none of the tests that were asked for is among these.
-        codes = [0, 5] if session.posargs else [0]
-        session.run("pytest", *chosen, *how, env={"HF_HUB_OFFLINE": "1"}, success_codes=codes)
+    chosen = session.posargs or ["-m", "not slow", "-n", "2", "--dist", "loadfile"]
+    # vLLM's imports warn, and what it leaves to the garbage collector does.
+    on_vllm = ["tests/engines/vllm", "tests/engines/test_conformance.py", "-k", "vllm", "-W", "default"]
+    session.run("pytest", *on_vllm, *chosen, env={"HF_HUB_OFFLINE": "1"})
