@@ -172,67 +172,10 @@ def _seen(rows: _Rows, tokens: _Tokens, width: int, heads: Heads) -> Padded | Ra
 
 def _pad(rows: _Rows, tokens: _Tokens, heads: Heads) -> Padded:
     slot_R, start_R, count_R, prefix_R = (column.numpy() for column in rows)
-    num_tokens = int(count_R.sum())
+    within = _within(count_R)
     position_N, pool_position_N, bits_N = (
-        each.numpy()[:num_tokens] for each in (tokens.position, tokens.pool_position, tokens.bits)
+        each.numpy()[: len(within)] for each in (tokens.position, tokens.pool_position, tokens.bits)
     )
-    length_R = np.maximum.reduceat(pool_position_N, start_R) + 1
-    block_slots = BLOCK_SLOTS if heads.dtype is torch.float32 else BLOCK_SLOTS_BFLOAT16
-    width, num_rows = int(count_R[0]), len(slot_R)
-    if (count_R == width).all() and (slot_R == np.arange(num_rows)).all():
-        places = _Places([], prefix_R, np.arange(num_tokens), num_tokens)
-        for first in range(0, num_rows, block_slots):
-            stop = min(first + block_slots, num_rows)
-            places.extents.append((first, stop, first * width, width, int(length_R[first:stop].max())))
-        token_P, bits_P, position_P = None, bits_N, position_N
-    else:
-        places = _spread(slot_R, count_R, prefix_R, length_R, block_slots)
-        token_P, bits_P, position_P = (np.zeros(places.num, np.int64) for _ in range(3))
-        for padded, values in ((token_P, np.arange(num_tokens)), (bits_P, bits_N), (position_P, position_N)):
-            padded[places.flat_N] = values
-        if places.num == num_tokens and (token_P == np.arange(num_tokens)).all():
-            token_P = None
-    blocks = []
-    group = heads.num_heads // heads.num_kv_heads
-    for first, stop, begin, width, length in places.extents:
-        at = slice(begin, begin + width * (stop - first))
-        bits_ST, position_ST = (torch.from_numpy(each[at].reshape(-1, width)) for each in (bits_P, position_P))
-        prefix = torch.from_numpy(places.prefix_S[first:stop])
-        by_products = width == 1 if heads.dtype is torch.float32 else stop - first >= PRODUCT_SLOTS_BFLOAT16
-        by_products = by_products and (stop - first) * heads.num_heads * width * length <= MAX_SCORES
-        columns = length
-        if by_products and heads.dtype is not torch.float32:
-            columns += -length % COLUMNS
-        window = heads.window if heads.window is not None and heads.window < length else None
-        mask = tile_mask(prefix, bits_ST, position_ST, columns, heads.dtype, window)
-        every = (stop - first, heads.num_kv_heads if by_products else 1, group, width, columns)
-        mask = mask[:, None, None].expand(every).reshape(*every[:2], group * width, columns)
-        mask = mask.flatten(0, 1) if by_products else mask
-        blocks.append(Block(first, stop, begin, width, mask))
-    return Padded(blocks, None if token_P is None else torch.from_numpy(token_P), torch.from_numpy(places.flat_N))
-
-
-class _Places(NamedTuple):
-    """Where each of the `num` padded queries stands, and what blocks they are read in.
-
-    extents: first slot, stop, first query, width and pool length of each block
-    flat_N: the place of each token
-    """
-
-    extents: list[tuple[int, int, int, int, int]]
-    prefix_S: NDArray[np.int64]
-    flat_N: NDArray[np.int64]
-    num: int
-
-
-def _spread(
-    slot_R: NDArray[np.int64],
-    count_R: NDArray[np.int64],
-    prefix_R: NDArray[np.int64],
-    length_R: NDArray[np.int64],
-    block_slots: int,
-) -> _Places:
-    """Places for tiles of several widths, or of some slots only."""
     num_slots = int(slot_R.max()) + 1
     # A slot without a tile is a query that sees column 0, so that its softmax is defined.
     count_S, length_S, prefix_S = (
@@ -240,10 +183,12 @@ def _spread(
         np.ones(num_slots, np.int64),
         np.ones(num_slots, np.int64),
     )
-    count_S[slot_R], prefix_S[slot_R], length_S[slot_R] = count_R, prefix_R, length_R
+    count_S[slot_R], prefix_S[slot_R] = count_R, prefix_R
+    length_S[slot_R] = np.maximum.reduceat(pool_position_N, start_R) + 1
     start, extents = 0, []
     # A slot's first `width_S` tokens stand at `base_S`, what it has beyond them at `tail_S`.
     width_S, base_S, tail_S = (np.zeros(num_slots, np.int64) for _ in range(3))
+    block_slots = BLOCK_SLOTS if heads.dtype is torch.float32 else BLOCK_SLOTS_BFLOAT16
     for first in range(0, num_slots, block_slots):
         stop = min(first + block_slots, num_slots)
         width = _shared_width(count_S[first:stop])
@@ -256,10 +201,31 @@ def _spread(
             tail_S[slot], beyond = start, int(count_S[slot]) - width
             extents.append((slot, slot + 1, start, beyond, int(length_S[slot])))
             start += beyond
-    slot_N, within = np.repeat(slot_R, count_R), _within(count_R)
+    slot_N = np.repeat(slot_R, count_R)
     in_tail_N = within - width_S[slot_N]
     flat = np.where(in_tail_N < 0, base_S[slot_N] + within, tail_S[slot_N] + in_tail_N)
-    return _Places(extents, prefix_S, flat, start)
+    token_P, bits_P, position_P = (np.zeros(start, np.int64) for _ in range(3))
+    for padded, values in ((token_P, np.arange(len(within))), (bits_P, bits_N), (position_P, position_N)):
+        padded[flat] = values
+    blocks = []
+    group = heads.num_heads // heads.num_kv_heads
+    for first, stop, begin, width, length in extents:
+        at = slice(begin, begin + width * (stop - first))
+        bits_ST, position_ST = (torch.from_numpy(each[at].reshape(-1, width)) for each in (bits_P, position_P))
+        prefix = torch.from_numpy(prefix_S[first:stop])
+        by_products = width == 1 if heads.dtype is torch.float32 else stop - first >= PRODUCT_SLOTS_BFLOAT16
+        by_products = by_products and (stop - first) * heads.num_heads * width * length <= MAX_SCORES
+        columns = length
+        if by_products and heads.dtype is not torch.float32:
+            columns += -length % COLUMNS
+        window = heads.window if heads.window is not None and heads.window < length else None
+        mask = tile_mask(prefix, bits_ST, position_ST, columns, heads.dtype, window)
+        every = (stop - first, heads.num_kv_heads if by_products else 1, group, width, columns)
+        mask = mask[:, None, None].expand(every).reshape(*every[:2], group * width, columns)
+        mask = mask.flatten(0, 1) if by_products else mask
+        blocks.append(Block(first, stop, begin, width, mask))
+    in_place = len(token_P) == len(within) and bool((token_P == np.arange(len(token_P))).all())
+    return Padded(blocks, None if in_place else torch.from_numpy(token_P), torch.from_numpy(flat))
 
 
 def _shared_width(count_S: np.ndarray) -> int:
